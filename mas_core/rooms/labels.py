@@ -1,0 +1,352 @@
+"""One view of a scene: exact metric labels, the picture, and their nine Taskonomy encodings."""
+
+import numpy as np
+
+from .furniture import BRICKS, NOISE, NONE, PLANKS, STRIPES, TILES
+from .scene import box_corners
+from .shapes import intersect, surface
+
+DOMAINS = (
+    "rgb", "segment_semantic", "depth_zbuffer", "normal", "keypoints2d", "edge_texture",
+    "edge_occlusion", "reshading", "principal_curvature",
+)  # fmt: skip
+DEPTH_PER_M = 512
+INVALID_DEPTH = 65535
+MAX_DEPTH_M = 15.9  # 2^13 / 512, less a margin
+CURVATURE_FLAT = (0.5175, 0.4987)  # the released normalisation's means
+CURVATURE_GAIN = (0.45, 0.16)
+CURVATURE_RADIUS_M = 0.2  # radius at which the response has reached 1/sqrt(2) of its limit
+
+
+def rays(camera, size):
+    """Directions through the pixel centres, (size, size) x 3, scaled to unit z-depth."""
+    u = ((np.arange(size) + 0.5) * (2.0 / size) - 1.0) * camera.tan
+    r, d, f = camera.right, camera.down, camera.forward
+    u, v = u[None, :], u[:, None]
+    return tuple(f[k] + u * r[k] + v * d[k] for k in range(3))
+
+
+def _window(corners, camera, size):
+    """Pixel rectangle that may see a box (8, 3); None when it lies behind or outside."""
+    p = [corners[:, k] - camera.position[k] for k in range(3)]
+    axis = lambda a: p[0] * a[0] + p[1] * a[1] + p[2] * a[2]  # noqa: E731
+    z = axis(camera.forward)
+    if z.max() < 0.02:
+        return None
+    if z.min() < 0.02:
+        return 0, size, 0, size
+    spans = []
+    for a in (camera.down, camera.right):
+        s = (axis(a) / z / camera.tan + 1.0) * (size / 2)
+        lo, hi = max(0, int(s.min() - 1)), min(size, int(s.max() + 2))
+        if lo >= hi:
+            return None
+        spans += [lo, hi]
+    return tuple(spans)
+
+
+def cast(scene, camera, size):
+    """First hits: (z-depth in m, inf where none; index into the flat list of prims), and prims."""
+    d = rays(camera, size)
+    depth = np.full((size, size), np.inf)
+    hit = np.full((size, size), -1)
+    prims = [p for g in scene.groups for p in g.prims]
+    if not hasattr(scene, "corners"):
+        scene.corners = np.array([box_corners(p) for p in prims])
+    start, order = 0, []
+    for g in scene.groups:
+        away = [g.center[k] - camera.position[k] for k in range(3)]
+        reach = away[0] * away[0] + away[1] * away[1] + away[2] * away[2]
+        order.append((g.room >= 0, reach, start, g))
+        start += len(g.prims)
+    for inside, _, start, g in sorted(order, key=lambda entry: entry[:3]):
+        if inside:
+            ahead = sum((g.center[k] - camera.position[k]) * camera.forward[k] for k in range(3))
+            if ahead + g.radius < 0.02:
+                continue
+        for i, prim in enumerate(g.prims, start):
+            win = _window(scene.corners[i], camera, size)
+            if win is None:
+                continue
+            at = (slice(win[0], win[1]), slice(win[2], win[3]))
+            if inside and ahead - g.radius > 0 and not (depth[at] > ahead - g.radius).any():
+                continue
+            t = intersect(prim, camera.position, [x[at] for x in d])
+            near = t < depth[at]
+            np.copyto(depth[at], t, where=near)
+            np.copyto(hit[at], i, where=near)
+    return depth, hit, prims, d
+
+
+def _hash(ix, iy, salt):
+    """Lattice noise in 0..1 from integers."""
+    h = (ix * 73856093) ^ (iy * 19349663) ^ (salt * 83492791)
+    h = (h ^ (h >> 13)) * 1274126177
+    return ((h ^ (h >> 16)) & 1023) * (1.0 / 1023)
+
+
+def _pattern(kind, u, v, scale, pixel):
+    """Weight of a material's second colour; fades to its mean where pixels outgrow the pattern."""
+    a, b = u / scale, v / scale
+    if kind == PLANKS:
+        b = b * 0.25
+    if kind == BRICKS:
+        a, b = a * 0.5, b * 1.5
+        a = a + 0.5 * (np.floor(b) - 2 * np.floor(b / 2))
+    ia, ib = np.floor(a), np.floor(b)
+    fa, fb = a - ia, b - ib
+    ia, ib = ia.astype(np.int64), ib.astype(np.int64)
+    if kind == STRIPES:
+        w, mean = (fa < 0.5) * 1.0, 0.5
+    elif kind == TILES:
+        w, mean = ((ia + ib) & 1) * 0.8 + ((fa < 0.06) | (fb < 0.06)) * 0.2, 0.42
+    elif kind == PLANKS:
+        w, mean = 0.75 * _hash(ia, ib, 1) + 0.25 * (fa < 0.08), 0.4
+    elif kind == BRICKS:
+        w, mean = 0.5 * _hash(ia, ib, 2) + 0.5 * ((fa < 0.06) | (fb < 0.1)), 0.33
+    else:
+        fa, fb = fa * fa * (3 - 2 * fa), fb * fb * (3 - 2 * fb)
+        low = _hash(ia, ib, 3) * (1 - fa) + _hash(ia + 1, ib, 3) * fa
+        high = _hash(ia, ib + 1, 3) * (1 - fa) + _hash(ia + 1, ib + 1, 3) * fa
+        w, mean = low * (1 - fb) + high * fb, 0.5
+    keep = np.clip(2.0 - 3.0 * pixel / scale, 0.0, 1.0)
+    return mean + (w - mean) * keep
+
+
+def _shadow(scene, room_index, point, lamp):
+    """1 where the lamp sees a point, 0 where furniture of the room stands between."""
+    seg = [lamp[k] - point[k] for k in range(3)]
+    length2 = seg[0] * seg[0] + seg[1] * seg[1] + seg[2] * seg[2]
+    lit = np.ones(point[0].shape)
+    for g in scene.groups:
+        if g.room != room_index or not g.shadow:
+            continue
+        v = [g.center[k] - point[k] for k in range(3)]
+        s = np.clip((v[0] * seg[0] + v[1] * seg[1] + v[2] * seg[2]) / length2, 0.0, 1.0)
+        e = [v[k] - s * seg[k] for k in range(3)]
+        close = e[0] * e[0] + e[1] * e[1] + e[2] * e[2] < g.radius * g.radius
+        some = np.flatnonzero(close & (lit > 0))
+        if not some.size:
+            continue
+        o, d = [x[some] for x in point], [x[some] for x in seg]
+        dark = np.zeros(some.size, bool)
+        for prim in g.prims:
+            dark |= intersect(prim, o, d, 1e-3) < 1.0
+        lit[some[dark]] = 0.0
+    return lit
+
+
+def render_view(scene, camera, size):
+    """Everything exact about one view, as a dict of (size, size[, channels]) arrays.
+
+    depth (z-depth, m, inf where nothing is hit), normal (3: camera frame x right, y down,
+    z forward, unit, towards the camera), curvature (2: 1/m, larger magnitude first, positive where
+    the surface bulges towards the camera), label (class id), reshading (0..1), rgb (uint8).
+    """
+    depth, hit, prims, d = cast(scene, camera, size)
+    normal = np.zeros((size, size, 3))
+    curvature = np.zeros((size, size, 2))
+    label = np.full((size, size), NONE, np.uint8)
+    shade = np.zeros((size, size))
+    color = np.zeros((size, size, 3))
+    world = np.zeros((size, size, 3))
+    albedo = np.zeros((size, size, 3))
+    glow = np.zeros((size, size))
+    length = np.sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
+
+    flat_hit = hit.ravel()
+    order = np.argsort(flat_hit, kind="stable")
+    bounds = np.flatnonzero(np.diff(flat_hit[order])) + 1
+    for at in np.split(order, bounds):
+        i = flat_hit[at[0]]
+        rows, cols = at // size, at % size
+        dd = [x[rows, cols] for x in d]
+        if i < 0:
+            up = np.clip(dd[2] / length[rows, cols], 0.0, 1.0)
+            for k in range(3):
+                color[rows, cols, k] = scene.sky[k] * (1.0 - 0.35 * up * (1 - 0.5 * (k == 2)))
+            continue
+        prim, t = prims[i], depth[rows, cols]
+        point = [camera.position[k] + t * dd[k] for k in range(3)]
+        n, k12, local = surface(prim, point, dd)
+        facing = -(n[0] * dd[0] + n[1] * dd[1] + n[2] * dd[2]) / length[rows, cols]
+        dist = t * length[rows, cols]
+        label[rows, cols] = prim.label
+        shade[rows, cols] = facing / (1.0 + dist * dist / 30.0)
+        for k, axis in enumerate((camera.right, camera.down, camera.forward)):
+            normal[rows, cols, k] = n[0] * axis[0] + n[1] * axis[1] + n[2] * axis[2]
+        for k in range(2):
+            curvature[rows, cols, k] = k12[k]
+        pattern, first, second, scale, own = scene.materials[prim.material]
+        w = 0.0
+        if pattern:
+            m = prim.rotation
+            flat = [np.abs(m[3 * k] * n[0] + m[3 * k + 1] * n[1] + m[3 * k + 2] * n[2]) for k in range(3)]
+            side = (flat[0] > flat[1]) & (flat[0] > flat[2])
+            top = (flat[2] >= flat[0]) & (flat[2] >= flat[1])
+            u = np.where(side, local[1], local[0])
+            v = np.where(top, local[1], local[2])
+            pixel = t * (2 * camera.tan / size) / np.maximum(facing, 0.2)
+            w = _pattern(pattern, u, v, scale, pixel)
+        for k in range(3):
+            c = first[k] + w * (second[k] - first[k])
+            albedo[rows, cols, k] = c * c
+            world[rows, cols, k] = point[k]
+        glow[rows, cols] = own
+        normal_world = n
+        color[rows, cols, 0], color[rows, cols, 1], color[rows, cols, 2] = normal_world
+
+    valid = hit >= 0
+    _light(scene, valid, world, color, albedo, glow)
+    rgb = np.rint(255.0 * np.sqrt(np.clip(color, 0.0, 1.0))).astype(np.uint8)
+    return {
+        "depth": depth, "normal": normal, "curvature": curvature, "label": label,
+        "reshading": shade, "rgb": rgb,
+    }  # fmt: skip
+
+
+def _light(scene, valid, world, color, albedo, glow):
+    """Replace the world normals that ``color`` holds at valid pixels by lit colours, in place.
+
+    The room's lamp casts shadows; windows and the ambient term do not. Corners are darker.
+    """
+    left = valid.copy()
+    for index, room in enumerate(scene.rooms):
+        x0, y0, x1, y1 = room.rect
+        inside = left & (world[..., 0] >= x0 - 0.13) & (world[..., 0] <= x1 + 0.13)
+        inside &= (world[..., 1] >= y0 - 0.13) & (world[..., 1] <= y1 + 0.13)
+        left &= ~inside
+        rows, cols = np.nonzero(inside)
+        if not rows.size:
+            continue
+        p = [world[rows, cols, k] for k in range(3)]
+        n = [color[rows, cols, k] for k in range(3)]
+        s = room.style
+        corner = 1.0
+        for distance in (p[0] - x0, x1 - p[0], p[1] - y0, y1 - p[1], p[2], room.height - p[2]):
+            x = np.maximum(distance, 0.0) * 6.0
+            corner = corner * (1.0 - 0.3 / (1.0 + x * x))
+        to = [room.lamp[k] - p[k] for k in range(3)]
+        r2 = to[0] * to[0] + to[1] * to[1] + to[2] * to[2] + 0.01
+        cos = (n[0] * to[0] + n[1] * to[1] + n[2] * to[2]) / np.sqrt(r2)
+        lamp = np.maximum(cos, 0.0) * _shadow(scene, index, p, room.lamp) * (
+            3.0 * s["lamp_power"] / (1.2 + r2)
+        )
+        day = 0.0
+        for center, way, area in room.windows:
+            v = [center[k] - p[k] for k in range(3)]
+            r2 = v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + 0.25
+            out = np.maximum(-(v[0] * way[0] + v[1] * way[1]), 0.0)
+            face = np.maximum(n[0] * v[0] + n[1] * v[1] + n[2] * v[2], 0.0)
+            day = day + s["window"] * area * out * face / (r2 * r2)
+        base = s["ambient"] * (0.8 + 0.2 * n[2]) * corner + 0.1 * s["window"] * len(room.windows) * corner
+        own = glow[rows, cols]
+        for k in range(3):
+            light = base + lamp * s["lamp"][k] + day * scene.sky[k]
+            a = albedo[rows, cols, k]
+            color[rows, cols, k] = a * light * (1 - own) + a * own * 1.1
+    color[left] = 0.0
+
+
+def _spread(x, radius, times):
+    """Box blur by shifted sums in a fixed order; edges are repeated."""
+    if radius < 1:
+        return x
+    for _ in range(times):
+        for axis in (0, 1):
+            pad = [(0, 0), (0, 0)]
+            pad[axis] = (radius, radius)
+            y = np.pad(x, pad, mode="edge")
+            n, total = x.shape[axis], 0.0
+            for k in range(2 * radius + 1):
+                total = total + (y[k : k + n] if axis == 0 else y[:, k : k + n])
+            x = total / (2 * radius + 1)
+    return x
+
+
+def _differences(x, step):
+    y = np.pad(x, step, mode="edge")
+    h, w = x.shape
+    at = lambda r, c: y[step + r : step + r + h, step + c : step + c + w]  # noqa: E731
+    s = step
+    dx = at(-s, s) + 2 * at(0, s) + at(s, s) - at(-s, -s) - 2 * at(0, -s) - at(s, -s)
+    dy = at(s, -s) + 2 * at(s, 0) + at(s, s) - at(-s, -s) - 2 * at(-s, 0) - at(-s, s)
+    return dx, dy
+
+
+def occlusion(depth):
+    """Graded response to depth discontinuities, of the size of Taskonomy's edge_occlusion.
+
+    Inverse depth is affine in the image over any plane, so its second differences vanish there;
+    relative to the inverse depth itself they measure a step whatever its distance. The response
+    saturates with the step's size and is spread over about a twentieth of the image.
+    """
+    size = depth.shape[0]
+    step = max(1, size // 64)
+    w = 1.0 / np.minimum(depth, 25.0)
+    p = np.pad(w, step, mode="edge")
+    c = p[step:-step, step:-step]
+    bend = 0.0
+    for a, b in (
+        (p[step:-step, 2 * step :], p[step:-step, : -2 * step]),
+        (p[2 * step :, step:-step], p[: -2 * step, step:-step]),
+    ):
+        # A step shows on both its sides; the nearer side holds the larger inverse depth.
+        e = np.abs(a + b - 2 * c) / np.maximum(c, np.maximum(a, b))
+        bend = bend + e * e
+    g = bend / (bend + 0.02)
+    narrow = _spread(g, max(1, size // 48), 2)
+    wide = _spread(narrow, max(1, size // 16), 2)
+    return narrow, wide
+
+
+def encode(labels):
+    """Taskonomy's files of one view: {domain: uint8 (H, W[, 3]) or uint16 (H, W)}.
+
+    Principal curvature: with x = k * 0.2 m, channel i holds m_i + g_i x / sqrt(1 + x^2), where m
+    are the released normalisation's means (a flat surface) and g = (0.45, 0.16); the third channel
+    is constant.
+    """
+    rgb, depth = labels["rgb"], labels["depth"]
+    size = depth.shape[0]
+    valid = depth < MAX_DEPTH_M
+    metres = np.where(valid, depth, 0.0)
+    z = np.where(valid, np.rint(metres * DEPTH_PER_M), INVALID_DEPTH).astype(np.uint16)
+    normal = np.clip(np.rint(127.0 * (labels["normal"] + 1.0)), 0, 255).astype(np.uint8)
+    shade = np.clip(np.rint(255.0 * labels["reshading"]), 0, 255).astype(np.uint8)
+    curved = np.full((size, size, 3), 127, np.uint8)
+    for k in range(2):
+        x = labels["curvature"][..., k] * CURVATURE_RADIUS_M
+        y = CURVATURE_FLAT[k] + CURVATURE_GAIN[k] * x / np.sqrt(1.0 + x * x)
+        curved[..., k] = np.clip(np.rint(255.0 * y), 0, 255)
+
+    luma = (77 * rgb[..., 0].astype(np.int64) + 150 * rgb[..., 1] + 29 * rgb[..., 2]) / 256.0
+    step = max(1, size // 64)
+    dx, dy = _differences(_spread(luma, step // 2, 1), step)
+    gain = 0.75 if size < 64 else 1.0
+    texture = np.sqrt(dx * dx + dy * dy) * (gain * TEXTURE_GAIN)
+    xx, yy, xy = (_spread(a, max(1, size // 48), 1) for a in (dx * dx, dy * dy, dx * dy))
+    least = (xx + yy - np.sqrt((xx - yy) * (xx - yy) + 4 * xy * xy)) / 2
+    corners = np.sqrt(np.maximum(least, 0.0)) * (gain * KEYPOINT_GAIN)
+    narrow, wide = occlusion(depth)
+    edges = OCCLUSION_BASE + OCCLUSION_GAIN * narrow + OCCLUSION_TAIL * wide
+
+    def short(x):
+        return np.minimum(np.rint(x), 65535).astype(np.uint16)
+
+    return {
+        "rgb": rgb,
+        "segment_semantic": labels["label"],
+        "depth_zbuffer": z,
+        "normal": normal,
+        "keypoints2d": short(corners),
+        "edge_texture": short(texture),
+        "edge_occlusion": short(edges),
+        "reshading": np.repeat(shade[..., None], 3, 2),
+        "principal_curvature": curved,
+    }
+
+
+TEXTURE_GAIN = 12.0
+KEYPOINT_GAIN = 1.5
+OCCLUSION_BASE, OCCLUSION_GAIN, OCCLUSION_TAIL = 10.0, 700.0, 150.0
