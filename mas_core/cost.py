@@ -1,0 +1,329 @@
+"""What training costs: seconds, energy, CO2 equivalents, bytes sent, memory.
+
+Energy is read from counters through carbontracker's component classes for NVML and RAPL. Its
+tracker is not used: it looks up its location over the network, multiplies totals by a guessed
+overhead of the data centre and guesses a power where nothing can be read. Here what nothing
+measured is None, never 0 and never a guess; `estimated_kwh` is a separate figure.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import resource
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+# The ratio of the paper's own columns (supplement Tables 3 to 5), so that the figures compare. The
+# paper calls it the United Kingdom's value; it is what carbontracker took in its releases of the
+# time where it found no other: the average of the EU-28 in 2017, 294.2060978.
+GRAMS_CO2_PER_KWH = 294.21
+JOULES_PER_KWH = 3.6e6
+SAMPLE_SECONDS = 1.0  # a RAPL counter wraps after minutes under load: it must be read more often
+THREAD_WATTS = 10.0  # guess for one busy core of a data-centre CPU with its share of the rest
+GPU_WATTS = 300.0  # guess: the power limit of a Tesla V100, the paper's GPU
+
+
+class Meter:
+    """Seconds and joules of the intervals between `start` and `stop`; one per training process.
+
+    Readers see whole devices: on a shared card or CPU the joules include what others draw; `how`
+    says so. A reader that fails never raises: `joules` is None from then on, and `how` says why.
+    `how` begins with "nvml", "rapl", "nvml+rapl" or "not measured". A run on a GPU is measured
+    only if that GPU is; its CPU is added where RAPL can be read.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+        self.seconds = 0.0
+        self.limit_watts: float | None = None  # the GPU's power limit, where NVML tells it
+        self._failure: str | None = None
+        self._began: float | None = None
+        self._lap = (0.0, 0.0)
+        self._readers: list[_Counters | _Power] = []
+        try:
+            if self.device.type == "cuda":
+                reader, self.limit_watts = _nvml_reader(self.device)
+                self._readers.append(reader)
+            self._readers.append(_rapl_reader())
+        except Exception as error:  # whatever a meter raises, training goes on
+            if not self._readers:
+                self._fail(error)
+        self._joules = [0.0] * len(self._readers)
+
+    @property
+    def joules(self) -> float | None:
+        """Joules of all intervals, or None where nothing, or not everything, was measured."""
+        stuck = self.seconds > 0 and 0.0 in self._joules
+        return None if self._failure or stuck else sum(self._joules)
+
+    @property
+    def how(self) -> str:
+        if self._failure:
+            return f"not measured: {self._failure}"
+        if self.joules is None:
+            return "not measured: a counter did not move"
+        kinds = "+".join(r.name for r in self._readers)
+        whole = " and ".join(r.scope for r in self._readers)
+        unread = self.device.type == "cuda" and len(self._readers) == 1
+        return f"{kinds}, {whole}" + (" (CPU not measured)" if unread else "")
+
+    def start(self) -> None:
+        if self._began is not None:
+            raise RuntimeError("the meter is running; call stop() before start()")
+        self._synchronize()
+        self._advance(count=False)
+        if self._readers:
+            self._stopped = threading.Event()
+            self._watcher = threading.Thread(target=self._watch, args=[self._stopped], daemon=True)
+            self._watcher.start()
+        self._began = perf_counter()
+
+    def stop(self) -> None:
+        """Ends the interval; does nothing where none is running."""
+        if self._began is None:
+            return
+        self._synchronize()
+        self.seconds += perf_counter() - self._began
+        self._began = None
+        if self._readers:
+            self._stopped.set()
+            self._watcher.join()
+            self._advance(count=True)
+
+    def lap(self) -> tuple[float, float | None]:
+        """Seconds and joules since the last lap; a running interval is counted up to now."""
+        if self._began is not None:
+            self.stop()
+            self.start()
+        joules, (lap_seconds, lap_joules) = self.joules, self._lap
+        self._lap = (self.seconds, joules or 0.0)
+        return self.seconds - lap_seconds, None if joules is None else joules - lap_joules
+
+    def __enter__(self) -> Meter:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _watch(self, stopped: threading.Event) -> None:
+        while not stopped.wait(SAMPLE_SECONDS):
+            self._advance(count=True)
+
+    def _advance(self, count: bool) -> None:
+        if self._failure:
+            return
+        try:
+            for i, reader in enumerate(self._readers):
+                joules = reader.advance()
+                self._joules[i] += joules if count else 0.0
+        except Exception as error:  # whatever a meter raises, training goes on
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or str(error) or "no message"
+        self._failure = f"{type(error).__name__}, {reason}"
+
+
+class _Counters:
+    """Joules from counters that only grow, of `unit` joules a count, and wrap at `ranges`."""
+
+    def __init__(self, read: Callable[[], list[int]], unit: float, ranges: list[int], *says: str):
+        self._read, self._unit, self._ranges, self._last = read, unit, ranges, read()
+        self.name, self.scope = says
+
+    def advance(self) -> float:
+        now = self._read()
+        counts = [
+            after - before + (wrap if after < before else 0)
+            for before, after, wrap in zip(self._last, now, self._ranges, strict=True)
+        ]
+        self._last = now
+        if min(counts) < 0:
+            raise OSError(f"a counter of {self.name} went backwards")
+        return sum(counts) * self._unit
+
+
+class _Power:
+    """Joules as the integral (trapezoids) of power samples, for cards without a counter."""
+
+    def __init__(self, watts: Callable[[], float], *says: str):
+        self._watts, self._last = watts, (perf_counter(), watts())
+        self.name, self.scope = says
+
+    def advance(self) -> float:
+        (before, watts_before), (now, watts) = self._last, (perf_counter(), self._watts())
+        self._last = (now, watts)
+        return (now - before) * (watts_before + watts) / 2
+
+
+def _nvml_reader(device: torch.device) -> tuple[_Counters | _Power, float | None]:
+    """A reader of this one card, and its power limit in watts.
+
+    The card is found by its UUID: carbontracker takes indices from CUDA_VISIBLE_DEVICES, and all
+    cards where that is empty or holds UUIDs. A slice of a card (MIG) has no meter: it raises.
+    """
+    from carbontracker.components.gpu import nvidia
+
+    nvml = nvidia.pynvml
+    nvml.nvmlInit()
+    card = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    try:
+        limit = nvml.nvmlDeviceGetEnforcedPowerLimit(card) / 1e3
+    except nvml.NVMLError:
+        limit = None
+
+    def millijoules() -> list[int]:
+        return [nvml.nvmlDeviceGetTotalEnergyConsumption(card)]
+
+    try:
+        return _Counters(millijoules, 1e-3, [0], "nvml", "whole card"), limit
+    except nvml.NVMLError:  # no energy counter before the Volta generation
+        gpu = nvidia.NvidiaGPU(pids=[], devices_by_pid=False)
+        gpu._handles = [card]
+        return _Power(lambda: gpu.power_usage()[0], "nvml", "whole card by power samples"), limit
+
+
+def _rapl_reader() -> _Counters:
+    """A reader of all CPU packages and their memory.
+
+    carbontracker finds and reads the counters; its `power_usage` sleeps for a second a call and
+    gives 0 W when a counter wraps, so the differences are taken here.
+    """
+    from carbontracker.components.cpu import intel
+
+    cpu = intel.IntelCPU(pids=[], devices_by_pid=False)
+    if not cpu.available():
+        raise OSError("this CPU has no RAPL counters")
+    cpu.init()
+    if not cpu._rapl_devices:
+        raise OSError("RAPL lists no CPU package")
+    folders = [Path(intel.RAPL_DIR, name) for name in cpu._rapl_devices]
+    ranges = [int((folder / "max_energy_range_uj").read_text()) for folder in folders]
+
+    def microjoules() -> list[int]:
+        return [cpu._read_energy(str(folder)) for folder in folders]
+
+    return _Counters(microjoules, 1e-6, ranges, "rapl", "whole CPU packages")
+
+
+def estimated_kwh(
+    seconds: float, device_name: str, limit_watts: float | None = None
+) -> tuple[float, str]:
+    """A guess of the energy where nothing measured it, in kWh, and what it is from, in words.
+
+    seconds times one constant power: 10 W a CPU thread (named so by `device_name`), or a GPU's
+    power limit (`Meter.limit_watts`), or 300 W for any other GPU. It ignores the load.
+    """
+    if threads := re.search(r", (\d+) threads?$", device_name):
+        watts = int(threads[1]) * THREAD_WATTS
+        source = f"{threads[0][2:]} x {THREAD_WATTS:g} W, a guess of a data-centre CPU core"
+    elif limit_watts is not None:
+        watts, source = limit_watts, f"the GPU's power limit of {limit_watts:g} W, from NVML"
+    else:
+        watts, source = GPU_WATTS, f"{GPU_WATTS:g} W, a guess of a data-centre GPU"
+    return watts * seconds / JOULES_PER_KWH, source
+
+
+def co2_grams(kwh: float | None) -> float | None:
+    """Grams of CO2 equivalents, energy x 294.21 g/kWh; None where the energy is not known."""
+    return None if kwh is None else kwh * GRAMS_CO2_PER_KWH
+
+
+def state_bytes(state: dict[str, Tensor]) -> int:
+    """Bytes of a state that travels between server and client, as its tensors are stored."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def peak_memory_bytes(device: torch.device | str) -> int:
+    """Most bytes held at once so far: by tensors on a GPU, else by this process (resident set)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def device_name(device: torch.device | str) -> str:
+    """The GPU's name, or the CPU's model and PyTorch's threads: "AMD EPYC, 2 threads"."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{device.type} GPU"
+    try:
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        model = None
+    name = model[1].strip() if model else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads != 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a trajectory, a share of one, or a whole method costs. Sums with `+` and `sum`."""
+
+    seconds: float  # of training; validation and test excluded, as in the paper
+    energy_kwh: float | None  # measured; None unless every part of it was measured
+    energy_kwh_estimated: float | None  # a guess of the same, never mixed with what was measured
+    energy_source: str  # how the two energies were obtained
+    bytes_down: int  # server to clients
+    bytes_up: int  # clients to server
+    samples: int  # images trained on, repeats counted
+    peak_memory_bytes: int
+
+    @property
+    def co2_grams(self) -> float | None:
+        return co2_grams(self.energy_kwh)
+
+    @property
+    def co2_grams_estimated(self) -> float | None:
+        return co2_grams(self.energy_kwh_estimated)
+
+    def __add__(self, other: Cost) -> Cost:
+        """Sums, in which a None makes a None; the higher peak; each source named once."""
+        sources = (*self.energy_source.split(" | "), *other.energy_source.split(" | "))
+        return Cost(
+            self.seconds + other.seconds,
+            _sum(self.energy_kwh, other.energy_kwh),
+            _sum(self.energy_kwh_estimated, other.energy_kwh_estimated),
+            " | ".join(dict.fromkeys(sources)),
+            self.bytes_down + other.bytes_down,
+            self.bytes_up + other.bytes_up,
+            self.samples + other.samples,
+            max(self.peak_memory_bytes, other.peak_memory_bytes),
+        )
+
+    def __radd__(self, zero: int) -> Cost:
+        return self if zero == 0 else NotImplemented  # what sum() starts from
+
+    def scaled(self, fraction: float) -> Cost:
+        """The cost of a share of the rounds, in [0, 1]; the peak stays, counts are rounded."""
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction={fraction}; allowed: 0 to 1")
+        kwh, guess = self.energy_kwh, self.energy_kwh_estimated
+        return replace(
+            self,
+            seconds=self.seconds * fraction,
+            energy_kwh=None if kwh is None else kwh * fraction,
+            energy_kwh_estimated=None if guess is None else guess * fraction,
+            bytes_down=round(self.bytes_down * fraction),
+            bytes_up=round(self.bytes_up * fraction),
+            samples=round(self.samples * fraction),
+        )
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
