@@ -82,7 +82,8 @@ class Kit:
     def sub(self, build, x=0.0, y=0.0, z=0.0, yaw=0.0, **options):
         outer, self.prims = self.prims, []
         result = build(self, **options)
-        self.prims = outer + move(self.prims, x, y, z, yaw)
+        outer.extend(move(self.prims, x, y, z, yaw))
+        self.prims = outer
         return result
 
     def box(self, x, y, z, w, d, h, mat, label=1, rotation=IDENTITY):
@@ -126,7 +127,7 @@ class Kit:
 
 
 def bottle(k, size=1.0):
-    r, h = k.u(0.05, 0.075) * size, k.u(0.24, 0.34) * size
+    r, h = k.u(0.06, 0.085) * size, k.u(0.28, 0.38) * size
     m = k.mat(hsv(k.pick((0.33, 0.1, 0.0, 0.55)), 0.75, k.u(0.3, 0.6)))
     k.cyl(0, 0, 0, r, h * 0.55, m, BOTTLE)
     k.cyl(0, 0, h * 0.15, r * 1.03, h * 0.25, k.mat((0.92, 0.88, 0.75)), BOTTLE, cap=-1)
@@ -142,7 +143,7 @@ def bottles(k):
 
 
 def vase(k, size=1.0):
-    r, h = k.u(0.11, 0.17) * size, k.u(0.34, 0.5) * size
+    r, h = k.u(0.13, 0.19) * size, k.u(0.38, 0.54) * size
     m = k.mat(hsv(k.style["accent"] + k.pick((0.0, 0.5)), k.u(0.3, 0.8), k.u(0.5, 0.9)))
     k.egg(0, 0, h * 0.36, r, r, h * 0.4, m, VASE, lo=-0.9)
     k.neck(0, 0, h * 0.8, r * 0.42, r * 0.72, h * 0.14, h * 0.2, m, VASE)

@@ -14,7 +14,7 @@ DEPTH_PER_M = 512
 INVALID_DEPTH = 65535
 MAX_DEPTH_M = 15.9  # 2^13 / 512, less a margin
 CURVATURE_FLAT = (0.5175, 0.4987)  # the released normalisation's means
-CURVATURE_GAIN = (0.45, 0.16)
+CURVATURE_GAIN = (0.48, 0.3)
 CURVATURE_RADIUS_M = 0.2  # radius at which the response has reached 1/sqrt(2) of its limit
 
 
@@ -172,7 +172,7 @@ def render_view(scene, camera, size):
         facing = -(n[0] * dd[0] + n[1] * dd[1] + n[2] * dd[2]) / length[rows, cols]
         dist = t * length[rows, cols]
         label[rows, cols] = prim.label
-        shade[rows, cols] = facing / (1.0 + dist * dist / 30.0)
+        shade[rows, cols] = facing / (1.0 + dist * dist / 16.0)
         for k, axis in enumerate((camera.right, camera.down, camera.forward)):
             normal[rows, cols, k] = n[0] * axis[0] + n[1] * axis[1] + n[2] * axis[2]
         for k in range(2):
@@ -294,7 +294,7 @@ def occlusion(depth):
         # A step shows on both its sides; the nearer side holds the larger inverse depth.
         e = np.abs(a + b - 2 * c) / np.maximum(c, np.maximum(a, b))
         bend = bend + e * e
-    g = bend / (bend + 0.02)
+    g = bend / (bend + 0.05)
     narrow = _spread(g, max(1, size // 48), 2)
     wide = _spread(narrow, max(1, size // 16), 2)
     return narrow, wide
@@ -304,7 +304,7 @@ def encode(labels):
     """Taskonomy's files of one view: {domain: uint8 (H, W[, 3]) or uint16 (H, W)}.
 
     Principal curvature: with x = k * 0.2 m, channel i holds m_i + g_i x / sqrt(1 + x^2), where m
-    are the released normalisation's means (a flat surface) and g = (0.45, 0.16); the third channel
+    are the released normalisation's means (a flat surface) and g = (0.48, 0.3); the third channel
     is constant.
     """
     rgb, depth = labels["rgb"], labels["depth"]
@@ -329,7 +329,7 @@ def encode(labels):
     least = (xx + yy - np.sqrt((xx - yy) * (xx - yy) + 4 * xy * xy)) / 2
     corners = np.sqrt(np.maximum(least, 0.0)) * (gain * KEYPOINT_GAIN)
     narrow, wide = occlusion(depth)
-    edges = OCCLUSION_BASE + OCCLUSION_GAIN * narrow + OCCLUSION_TAIL * wide
+    edges = OCCLUSION_BASE + gain * OCCLUSION_GAIN * narrow + OCCLUSION_TAIL * wide
 
     def short(x):
         return np.minimum(np.rint(x), 65535).astype(np.uint16)
@@ -347,6 +347,6 @@ def encode(labels):
     }
 
 
-TEXTURE_GAIN = 12.0
-KEYPOINT_GAIN = 1.5
-OCCLUSION_BASE, OCCLUSION_GAIN, OCCLUSION_TAIL = 10.0, 700.0, 150.0
+TEXTURE_GAIN = 28.0
+KEYPOINT_GAIN = 7.0
+OCCLUSION_BASE, OCCLUSION_GAIN, OCCLUSION_TAIL = 5.0, 1000.0, 120.0

@@ -5,6 +5,7 @@ doorways; outer walls have windows, through which the sky is seen (no depth).
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -48,7 +49,8 @@ class Room:
     openings: list = field(default_factory=lambda: [[], [], [], []])  # per side: (u0, u1, z0, z1)
     lamp: tuple = (0.0, 0.0, 2.0)
     windows: list = field(default_factory=list)  # (center, inward direction, area)
-    taken: list = field(default_factory=list)  # footprints (x0, y0, x1, y1)
+    taken: list = field(default_factory=list)  # footprints (x0, y0, x1, y1) of what stands there
+    clear: list = field(default_factory=list)  # and of what stays free before doorways
     hung: list = field(default_factory=lambda: [[], [], [], []])
 
 
@@ -107,7 +109,7 @@ def draw_style(rng):
         "lamp": (1.0, 0.95 - 0.2 * warm, 0.9 - 0.45 * warm),
         "lamp_power": u(0.5, 1.3),
         "window": u(0.3, 1.2),
-        "window_size": u(0.8, 1.9),
+        "window_size": u(0.7, 1.5),
         "ambient": u(0.16, 0.34),
         "height": u(2.4, 3.1),
         "vault": u(0, 1),
@@ -162,11 +164,11 @@ PROGRAM = {  # what a room is furnished with: against a wall, hung on it, standi
 
 def _plan(rng):
     """Rectangles of two to four rooms."""
-    width, depth = 7.5 + 3.5 * rng.random(), 4.0 + 4.5 * rng.random()
+    width, depth = 8.0 + 3.5 * rng.random(), 4.6 + 5.0 * rng.random()
     cut = width * (0.4 + 0.2 * rng.random())
     rects = []
     for x0, x1 in ((0.0, cut), (cut, width)):
-        if depth > 6.2 or (x1 - x0) * depth > 26:
+        if depth > 7.0 or (x1 - x0) * depth > 32:
             y = depth * (0.4 + 0.2 * rng.random())
             rects += [(x0, 0.0, x1, y), (x0, y, x1, depth)]
         else:
@@ -195,7 +197,7 @@ def _open_walls(rooms, rng):
                     gap = (mid - half, mid + half, 0.0, 2.0 + 0.2 * rng.random())
                     a.openings[side].append(gap)
                     b.openings[(side + 2) % 4].append(gap)
-            if not shared and rng.random() < 0.75:
+            if not shared and rng.random() < 0.6:
                 half = min(a.style["window_size"] / 2, (u1 - u0) / 2 - 0.4)
                 mid = u0 + half + 0.3 + (u1 - u0 - 2 * half - 0.6) * rng.random()
                 z0 = 0.85 + 0.3 * rng.random()
@@ -221,7 +223,7 @@ def _shell(room, top, kit, rng):
     t = WALL
     _slab(prims, (x0 - t, y0 - t, -0.1), (x1 + t, y1 + t, 0.0), floor)
     short = min(x1 - x0, y1 - y0)
-    if s["vault"] > 0.6:
+    if s["vault"] > 0.55:
         along = 0 if x1 - x0 > y1 - y0 else 1
         half, rise = short / 2, min(0.5 * short, top - room.height - 0.05)
         reach = (x1 - x0, y1 - y0)[along] / 2
@@ -271,7 +273,7 @@ def _shell(room, top, kit, rng):
         edges = [a0] + [v for o in sorted(room.openings[side]) if o[2] == 0 for v in o[:2]] + [a1]
         for u0, u1 in zip(edges[::2], edges[1::2], strict=True):
             piece(u0, u1, 0, 0.1, -0.02, 0, trim)
-        if s["cove"] > 0.5 and s["vault"] <= 0.6:
+        if s["cove"] > 0.5 and s["vault"] <= 0.55:
             r = 0.15 + 0.35 * (s["cove"] - 0.5)
             quad, lo, hi = [1 / (r * r)] * 3 + [0.0, -1.0], [0.0] * 3, [0.0, 0.0, r]
             k, n = lengthwise, 1 - lengthwise
@@ -298,6 +300,11 @@ def _door_leaf(room, side, opening, kit):
     line = (room.rect[1], room.rect[2], room.rect[3], room.rect[0])[side]
     x, y = ((u0, line), (line, u0), (u1, line), (line, u1))[side]
     kit.sub(leaf, x, y, 0.0, SIDES[side][1] + 3.141592654 + kit.u(1.2, 1.9))
+    (ix, iy), aside = SIDES[side][0], 0.35
+    room.taken.append(
+        (min(x, x + ix * w) - aside * abs(iy), min(y, y + iy * w) - aside * abs(ix),
+         max(x, x + ix * w) + aside * abs(iy), max(y, y + iy * w) + aside * abs(ix))
+    )  # fmt: skip
 
 
 def _bounds(prims):
@@ -323,7 +330,7 @@ def _free(room, rect, margin=0.04):
         return False
     return all(
         rect[2] + margin <= a or rect[0] - margin >= c or rect[3] + margin <= b or rect[1] - margin >= d
-        for a, b, c, d in room.taken
+        for a, b, c, d in room.taken + room.clear
     )
 
 
@@ -338,7 +345,7 @@ def _place(scene, index, kit, build, free=False):
     kit.prims = []
     w, d = build(kit)
     x0, y0, x1, y1 = room.rect
-    for _ in range(14):
+    for _ in range(20):
         if free:
             yaw = kit.pick((0.0, 1.570796327)) if kit.chance(0.7) else kit.u(0, 3)
             r = max(w, d) / 2
@@ -391,7 +398,7 @@ def _furnish(scene, index, kit):
     for side, gaps in enumerate(room.openings):  # doorways and what is before windows stay clear
         for u0, u1, z0, _ in gaps:
             deep = 0.9 if z0 == 0 else 0.0
-            room.taken.append(
+            room.clear.append(
                 ((u0, y0, u1, y0 + deep), (x1 - deep, u0, x1, u1),
                  (u0, y1 - deep, u1, y1), (x0, u0, x0 + deep, u1))[side]
             )  # fmt: skip
@@ -407,14 +414,16 @@ def _furnish(scene, index, kit):
     for build in walls[2:]:
         if kit.chance(s["clutter"]):
             _place(scene, index, kit, build)
+    for _ in range(int(area * s["clutter"] / 4)):
+        _place(scene, index, kit, kit.pick(walls))
     for build in middle[1:]:
         if kit.chance(0.6):
             _place(scene, index, kit, partial(build, size=1.6) if build is f.vase else build, True)
-    if s["columns"] > 0.6:
+    if s["columns"] > 0.5:
         for _ in range(2):
             _place(scene, index, kit, partial(f.column, h=room.height + 0.3), kit.chance(0.4))
-    for build in hung + hung[:1]:
-        if kit.chance(0.7):
+    for build in hung:
+        if kit.chance(0.6):
             _hang(scene, index, kit, build)
     if kit.chance(0.6) and area > 8:
         kit.prims = []
@@ -495,46 +504,73 @@ def look(position, yaw, pitch, tan, room=0):
     )
 
 
+def _spot(room, rng):
+    """Where to stand: the freest of a dozen spots, rather towards the walls than in the middle."""
+    x0, y0, x1, y1 = room.rect
+    best, spot = None, None
+    for _ in range(12):
+        x = x0 + 0.35 + (x1 - x0 - 0.7) * rng.random()
+        y = y0 + 0.35 + (y1 - y0 - 0.7) * rng.random()
+        gap = min((max(a - x, x - c, b - y, y - d) for a, b, c, d in room.taken), default=1.0)
+        edge = max(abs(x - (x0 + x1) / 2) / (x1 - x0), abs(y - (y0 + y1) / 2) / (y1 - y0))
+        score = min(gap, 0.4) + 0.4 * edge + 0.15 * rng.random()
+        if best is None or score > best:
+            best, spot = score, (x, y)
+    return spot
+
+
+def _blocked(room, x, y, yaw):
+    """Whether something or a wall stands right before a camera."""
+    s, c = sincos(yaw)
+    for ahead in (0.35, 0.7, 1.1):
+        px, py = x + ahead * c, y + ahead * s
+        if not (room.rect[0] < px < room.rect[2] and room.rect[1] < py < room.rect[3]):
+            return True
+        if ahead < 1 and any(a < px < c2 and b < py < d for a, b, c2, d in room.taken):
+            return True
+    return False
+
+
 def make_cameras(scene, count):
     """``count`` poses as a list of (point, view, Camera).
 
-    A point stands free in a room at 1.0 to 1.6 m; its views look towards pieces of furniture (or
-    anywhere, one in six), with pitch about 0 and fields of view about 61 degrees.
+    A point stands free in a room at 0.95 to 1.55 m; its views look towards pieces of furniture,
+    large ones rather (one in eight anywhere), with pitch about 0 and fields of view about 61
+    degrees. A pose depends on its point and view alone.
     """
     out, point = [], 0
-    pieces = [
-        g for g in scene.groups if g.room >= 0 and any(p.label > f.BACKGROUND for p in g.prims)
-    ]
     while len(out) < count:
         rng = stream(scene.seed, "camera", scene.index, point)
         room_index = point % len(scene.rooms)
         room = scene.rooms[room_index]
-        x0, y0, x1, y1 = room.rect
-        here = [g for g in pieces if g.room == room_index]
-        best, x, y = -1.0, (x0 + x1) / 2, (y0 + y1) / 2
-        for _ in range(12):  # the freest of a few spots: rooms are small and full
-            px = x0 + 0.4 + (x1 - x0 - 0.8) * rng.random()
-            py = y0 + 0.4 + (y1 - y0 - 0.8) * rng.random()
-            gap = min(
-                (max(a - px, px - c, b - py, py - d) for a, b, c, d in room.taken), default=1.0
-            )
-            gap = min(gap, 0.5) + 0.2 * rng.random()
-            if gap > best:
-                best, x, y = gap, px, py
-        per_point = max(1, min(count // 10, 3 + point % 2))
-        height = 1.0 + 0.6 * rng.random()
-        for view in range(min(per_point, count - len(out))):
-            far = [g for g in here if abs(g.center[0] - x) + abs(g.center[1] - y) > 1.2]
-            yaw = 6.283185307 * rng.random()
-            aim = rng.random()
-            target = int(rng.integers(1 << 30))
-            if far and aim > 1 / 6:
-                goal = far[target % len(far)].center
-                yaw = float(np.arctan2(goal[1] - y, goal[0] - x)) + 0.5 * (rng.random() - 0.5)
-                yaw = round(yaw, 6)
-            pitch = 0.3 * (rng.random() + rng.random() + rng.random() - 1.5) - 0.08
+        x, y = _spot(room, rng)
+        height = 0.95 + 0.6 * rng.random()
+        goals = []
+        for g in scene.groups:
+            near = max(abs(g.center[0] - x), abs(g.center[1] - y)) < 0.9
+            if g.room == room_index and not near and any(p.label > 1 for p in g.prims):
+                goals.append(g)
+        for view in range(max(1, min(count // 10, 3 + point % 2))):
+            for _ in range(8):
+                yaw, rise = round(6.283185307 * rng.random(), 6), 0.0
+                aim, which, jitter = rng.random(), rng.random(), rng.random() - 0.5
+                if goals and aim > 1 / 8:
+                    left = which * sum(g.radius for g in goals)
+                    for g in goals:
+                        left -= g.radius
+                        if left <= 0:
+                            break
+                    dx, dy = g.center[0] - x, g.center[1] - y
+                    yaw = round(math.atan2(dy, dx) + 0.5 * jitter, 6)
+                    rise = (g.center[2] - height) / math.sqrt(dx * dx + dy * dy)
+                if not _blocked(room, x, y, yaw):
+                    break
+            pitch = 0.3 * (rng.random() + rng.random() + rng.random() - 1.5) - 0.03
+            pitch = round(pitch + 0.4 * max(-0.6, min(0.3, rise)), 6)
             fov = 0.8 + 0.53 * rng.random()  # radians: 46 to 76 degrees
             s, c = sincos(fov / 2)
-            out.append((point, view, look((x, y, height), yaw, pitch, round(s / c, 9), room_index)))
+            camera = look((x, y, height), yaw, pitch, round(s / c, 9), room_index)
+            if len(out) < count:
+                out.append((point, view, camera))
         point += 1
     return out
