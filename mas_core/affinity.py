@@ -1,0 +1,139 @@
+"""Affinities between tasks: how much a step for task i lowers the loss of task j (MAS, Eq. 3).
+
+Everywhere S[i, j]: row i updates the shared encoder, column j receives. The diagonal, which Eq. 4
+replaces before a split (`split.self_affinity`), is NaN unless asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .models import MultiTaskNet, TaskPass, forward_tasks
+from .tasks import Batch, task_losses
+
+Gradient = list[Tensor]  # one tensor per parameter of the encoder
+
+
+def lookahead_affinity(
+    model: MultiTaskNet, batch: Batch, lr: float, diagonal: bool = True
+) -> Tensor:
+    """Affinity of every task onto every other, measured on one batch.
+
+    S[i, j] = 1 - L_j(X, theta_s - lr * grad_s L_i, theta_j) / L_j(X, theta_s, theta_j)  (MAS, Eq. 3)
+
+    The look-ahead step is plain SGD: no momentum, no weight decay. BatchNorm uses the batch's
+    statistics, as in training. Returns (n, n) float32, dimensionless, on the model's device. The
+    model, its gradients and BatchNorm statistics included, is left bit-identical.
+    """
+    was_training, kept = model.training, [p.grad for p in model.parameters()]
+    model.train()
+    with frozen_statistics(model):
+        step = forward_tasks(model, batch)
+        at_features = step.backward_decoders()
+        gradients = encoder_gradients(model, step, at_features)
+        S = lookahead(model, batch, step.losses.detach(), gradients, lr, diagonal)
+    model.train(was_training)
+    for p, gradient in zip(model.parameters(), kept, strict=True):
+        p.grad = gradient
+    return S
+
+
+def first_order_affinity(losses: Tensor, gradients: list[Gradient], lr: float) -> Tensor:
+    """The first term of Eq. 3's expansion in lr: S[i, j] = lr <grad_s L_i, grad_s L_j> / L_j.
+
+    losses     (n,) before the step
+    gradients  per task, the gradient on the encoder's parameters
+    """
+    flat = torch.stack([torch.cat([t.flatten() for t in g]) for g in gradients])  # (n, parameters)
+    return lr * (flat @ flat.T) / losses
+
+
+def representation_affinity(losses: Tensor, at_features: list[Tensor], lr: float) -> Tensor:
+    """The same inner products at the encoder's output: lr <dL_i/dz, dL_j/dz> / L_j.
+
+    Training computes dL_i/dz (B, C, h, w) anyway, so this costs n^2 inner products.
+    """
+    flat = torch.stack([g.float().flatten() for g in at_features])
+    return lr * (flat @ flat.T) / losses
+
+
+def encoder_gradients(
+    model: MultiTaskNet, step: TaskPass, at_features: list[Tensor], scale: float = 1.0
+) -> list[Gradient]:
+    """Gradient of every task's loss on the encoder, from n backward passes through the encoder.
+
+    Fills the encoder's `.grad` with the training gradient exactly as a step without measuring
+    would: one backward pass carries the sum, n - 1 carry a task each, and the task with the
+    largest gradient is the difference, where rounding matters least.
+    """
+    parameters = list(model.encoder.parameters())
+    last = int(torch.stack([g.float().norm() for g in at_features]).argmax())
+    total = backward_sum(at_features, scale)
+    singles = [
+        None
+        if i == last
+        else torch.autograd.grad(step.features, parameters, g * scale, retain_graph=True)
+        for i, g in enumerate(at_features)
+    ]
+    for p in parameters:
+        p.grad = None
+    step.features.backward(total)
+    rest = [p.grad.clone() for p in parameters]
+    for single in singles:
+        if single is not None:
+            torch._foreach_sub_(rest, single)
+    singles[last] = rest
+    return singles
+
+
+def backward_sum(at_features: list[Tensor], scale: float) -> Tensor:
+    """What the encoder's backward pass starts from: the tasks' gradients, summed and scaled."""
+    total = at_features[0]
+    for g in at_features[1:]:
+        total = total + g
+    return total if scale == 1.0 else total * scale
+
+
+@torch.no_grad()
+def lookahead(
+    model: MultiTaskNet,
+    batch: Batch,
+    losses: Tensor,
+    gradients: list[Gradient],
+    lr: float,
+    diagonal: bool = False,
+) -> Tensor:
+    """Eq. 3 from the losses (n,) before the step and the encoder gradients of every task."""
+    names = [name for name, _ in model.encoder.named_parameters()]
+    parameters = list(model.encoder.parameters())
+    S = torch.full((len(losses),) * 2, torch.nan, device=losses.device)
+    with frozen_statistics(model), torch.autocast(
+        "cuda", torch.bfloat16, enabled=batch.image.is_cuda
+    ):
+        for i in range(len(losses)):
+            stepped = torch._foreach_sub(parameters, torch._foreach_mul(gradients[i], lr))
+            features = torch.func.functional_call(
+                model.encoder, dict(zip(names, stepped, strict=True)), (batch.image,)
+            )
+            receivers = [j for j in range(len(losses)) if diagonal or j != i]
+            outputs = {model.tasks[j]: model.decoders[model.tasks[j]](features) for j in receivers}
+            if outputs:
+                S[i, receivers] = 1 - task_losses(outputs, batch) / losses[receivers]
+    return S
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by the batch, as in training, but leaves its running statistics alone."""
+    tracking = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in tracking:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in tracking:
+            m.track_running_stats = True

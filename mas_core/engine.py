@@ -1,0 +1,202 @@
+"""Trains the trajectories that recipes ask for, on any concurrent.futures.Executor.
+
+The unit of work is the trajectory. The driver hands out what no unfinished trajectory precedes,
+resumes every recipe whose needs are on record, and goes on until all have returned. Nothing but
+the store is shared: a driver or worker that dies costs the rounds since the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Generator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Trajectory, UserError
+from .federated import is_done, train
+from .methods import Need
+from .store import Store
+
+
+class EngineError(RuntimeError):
+    """Some trajectories failed; the message holds each traceback once."""
+
+
+@dataclass
+class Progress:
+    """What a driver knows while it runs; another thread may read it to show it."""
+
+    done: int = 0  # trajectories on record, counted when a recipe needs them
+    failed: int = 0
+    running: list[Need] = field(default_factory=list)
+    waiting: list[Need] = field(default_factory=list)
+
+
+def train_job(
+    trajectory: Trajectory,
+    until: int,
+    results: str,
+    preset: str,
+    data_folder: str,
+    device: str,
+    threads: int | None,
+) -> None:
+    """One trajectory in whatever process this is; everything it takes can be sent anywhere."""
+    if threads:
+        torch.set_num_threads(threads)
+    train(trajectory, until, Store(results, preset), Path(data_folder), device)
+
+
+def choose_device(name: str | None = None) -> str:
+    """The device named, or the GPU where there is one, else the CPU."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device {name!r}: there is no GPU here; allowed: cpu")
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}; for example: cpu, cuda, cuda:1") from None
+    return name
+
+
+def local_workers(workers: int) -> ProcessPoolExecutor:
+    """Processes on this machine, each a fresh interpreter (CUDA allows no fork)."""
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+def threads_per_worker(workers: int) -> int:
+    """The machine's cores shared out, at least one each."""
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+class InProcess(Executor):
+    """Runs a job when it is submitted, in this thread: the default, and the simplest to debug."""
+
+    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def run(
+    recipes: dict[str, Generator[list[Need], None, Any]],
+    store: Store,
+    data_folder: Path,
+    device: str = "cpu",
+    executor: Executor | None = None,
+    threads: int | None = None,
+    slots: int = 1,
+    progress: Progress | None = None,
+    resubmit: tuple[type[BaseException], ...] = (),
+) -> dict[str, Any]:
+    """Drive recipes to their end; returns what each returned, by name.
+
+    A trajectory that several recipes need is trained once. At most `slots` jobs are out at a time,
+    parents before children. `resubmit` names errors that mean a worker was lost, not that a job
+    failed: such a job is handed out again and resumes. When a trajectory fails, the recipes that
+    need it stop, the others go on, and an EngineError with every traceback ends the run.
+    """
+    executor = executor or InProcess()
+    results: dict[str, Any] = {}
+    needs: dict[str, list[Need]] = {}
+    active = dict(recipes)
+    failed: dict[str, BaseException] = {}
+    out: dict[Future, Need] = {}
+    seen: set[tuple[str, int]] = set()
+    progress = Progress() if progress is None else progress
+
+    def resume(name: str) -> None:
+        """Advance a recipe until it needs something that is not on record."""
+        while True:
+            try:
+                needs[name] = next(active[name])
+            except StopIteration as end:
+                results[name] = end.value
+                del active[name]
+                needs.pop(name, None)
+                return
+            if not all(_satisfied(n) for n in needs[name]):
+                return
+
+    def _satisfied(need: Need) -> bool:
+        done = is_done(need.trajectory, need.until, store)
+        if done and (need.trajectory.id, need.until) not in seen:
+            seen.add((need.trajectory.id, need.until))
+            progress.done += 1
+        return done
+
+    def ready() -> list[Need]:
+        """What could be trained now: one Need a trajectory, to the furthest round asked for."""
+        wanted: dict[str, Need] = {}
+        for name in active:
+            for need in needs[name]:
+                for n in with_ancestors(need):
+                    known = wanted.get(n.trajectory.id)
+                    if not is_done(n.trajectory, n.until, store) and (
+                        known is None or known.until < n.until
+                    ):
+                        wanted[n.trajectory.id] = n
+        busy = {need.trajectory.id for need in out.values()}
+        progress.waiting = [n for n in wanted.values() if n.trajectory.id not in busy]
+        return [
+            n
+            for n in wanted.values()
+            if n.trajectory.id not in busy | failed.keys()
+            and (n.trajectory.parent is None or n.trajectory.parent.id not in wanted
+                 or is_done(n.trajectory.parent, n.trajectory.start_round, store))
+        ]  # fmt: skip
+
+    for name in list(active):
+        resume(name)
+    while active:
+        doomed = [
+            name
+            for name in active
+            if any(n.trajectory.id in failed for need in needs[name] for n in with_ancestors(need))
+        ]
+        for name in doomed:
+            active.pop(name).close()
+            needs.pop(name)
+        for need in ready()[: slots - len(out)]:
+            progress.running = [*out.values(), need]
+            future = executor.submit(
+                train_job, need.trajectory, need.until, str(store.results), store.preset,
+                str(data_folder), device, threads,
+            )  # fmt: skip
+            out[future] = need
+        if not out:
+            break
+        finished, _ = wait(out, timeout=1.0, return_when=FIRST_COMPLETED)
+        for future in finished:
+            need = out.pop(future)
+            error = future.exception()
+            if error is not None and not isinstance(error, resubmit):
+                failed[need.trajectory.id] = error
+        for name in list(active):
+            if all(_satisfied(n) for n in needs[name]):
+                resume(name)
+        progress.failed, progress.running = len(failed), list(out.values())
+    if failed:
+        if all(isinstance(error, UserError) for error in failed.values()):
+            raise next(iter(failed.values()))
+        texts = [
+            f"{id_}:\n{''.join(traceback.format_exception(error))}" for id_, error in failed.items()
+        ]
+        raise EngineError(f"{len(failed)} trajectories failed\n\n" + "\n".join(texts))
+    return results
+
+
+def with_ancestors(need: Need) -> list[Need]:
+    """The trajectory's ancestors, each to the round it is branched at, then itself."""
+    if need.trajectory.parent is None:
+        return [need]
+    return [*with_ancestors(Need(need.trajectory.parent, need.trajectory.start_round)), need]

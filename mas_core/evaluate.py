@@ -1,0 +1,72 @@
+"""Per-task losses on held-out views, and those of the best constant predictor beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .data import FederatedData
+from .models import MultiTaskNet
+from .tasks import NUM_CLASSES, TASKS, Batch, task_losses
+
+
+@torch.no_grad()
+def evaluate(net: MultiTaskNet, batches: Iterable[Batch]) -> dict[str, float]:
+    """Mean loss of every task over all images of `batches`, each image counted once.
+
+    BatchNorm uses its running statistics. The losses stay on the device until the last batch.
+    """
+    net.eval()
+    total, images = None, 0
+    for batch in batches:
+        with torch.autocast("cuda", torch.bfloat16, enabled=batch.image.is_cuda):
+            outputs = net(batch.image)
+        losses = task_losses(outputs, batch) * len(batch)
+        total = losses if total is None else total + losses
+        images += len(batch)
+    if total is None:
+        raise ValueError("no images to evaluate on")
+    return dict(zip(net.tasks, (total / images).tolist(), strict=True))
+
+
+def constant_losses(
+    data: FederatedData, tasks: str, device: torch.device, batches_per_client: int = 4
+) -> dict[str, float]:
+    """Test loss of the best constant prediction: what a task's skill 1 - loss / constant refers to.
+
+    The constant is fitted on training views: the median of each channel over valid pixels, which
+    is best under L1, or the logarithm of the class frequencies, which is best under cross-entropy.
+    """
+    sample: dict[str, list[Tensor]] = {a: [] for a in tasks}
+    for client in range(len(data.names)):
+        for i, batch in enumerate(data.evaluation("train", tasks, 16, device, client)):
+            if i == batches_per_client:
+                break
+            for a in tasks:
+                sample[a].append(_valid_values(a, batch))
+    constants = {a: _constant(a, torch.cat(values)) for a, values in sample.items()}
+    total, images = torch.zeros(len(tasks), device=device), 0
+    for batch in data.evaluation("test", tasks, 64, device):
+        shape = (len(batch), -1, *batch.image.shape[-2:])
+        outputs = {a: constants[a].view(1, -1, 1, 1).expand(shape) for a in tasks}
+        total += task_losses(outputs, batch) * len(batch)
+        images += len(batch)
+    return dict(zip(tasks, (total / images).tolist(), strict=True))
+
+
+def _valid_values(a: str, batch: Batch) -> Tensor:
+    """A task's target pixels that count in its loss: (pixels, channels), or (pixels,) classes."""
+    target = batch.targets[a]
+    if a == "s":
+        return target[target > 0]
+    pixels = target.permute(0, 2, 3, 1)
+    return pixels.flatten(0, 2) if a in "kta" else pixels[batch.mask[:, 0] > 0]
+
+
+def _constant(a: str, values: Tensor) -> Tensor:
+    """The constant prediction, one number a channel."""
+    if a == "s":
+        return torch.bincount(values, minlength=NUM_CLASSES).clamp(min=1).float().log()
+    return values.median(0).values[: TASKS[a].channels]

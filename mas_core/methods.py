@@ -1,0 +1,344 @@
+"""The methods the paper compares, each a page-short recipe over trajectories.
+
+A recipe is a generator: it yields the trajectories it needs next, as a list of `Need`, is resumed
+once they are on record, and returns a `MethodResult`. `engine.run` drives one or many of them and
+trains what they share once. What a method costs is counted as if it ran alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+
+from .config import Settings, Trajectory, UserError
+from .cost import JOULES_PER_KWH, Cost, estimated_kwh
+from .split import best_split, hoa_groups, partitions, tag_groups
+from .store import Store
+from .tasks import sort_tasks
+
+
+@dataclass(frozen=True)
+class Need:
+    """A trajectory, and the round it is needed to."""
+
+    trajectory: Trajectory
+    until: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a method works on: a task set with its settings, a seed, and where records are."""
+
+    tasks: str
+    settings: Settings
+    seed: int
+    store: Store
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", sort_tasks(self.tasks))
+
+    @property
+    def rounds(self) -> int:
+        return self.settings.fl.rounds
+
+    def letters(self, group: Iterable[int]) -> str:
+        return "".join(self.tasks[i] for i in group)
+
+    def all_in_one(self) -> Trajectory:
+        """The merged task, affinities measured on the way: the trunk of MAS and TAG."""
+        return Trajectory(self.tasks, self.seed, *self._common())
+
+    def from_scratch(self, group: str) -> Trajectory:
+        """The tasks of `group` trained from the seed's initial weights."""
+        group = sort_tasks(group)
+        if group == self.tasks:
+            return self.all_in_one()
+        data, model, fl = self._common()
+        return Trajectory(group, self.seed, data, model, replace(fl, measure_rounds=0))
+
+    def from_all_in_one(self, group: str) -> Trajectory:
+        """The tasks of `group` continued from the all-in-one weights of round R0."""
+        data, model, fl = self._common()
+        start = self.settings.mas.merge_rounds
+        if start >= self.rounds:
+            raise UserError(f"merge_rounds={start}; allowed: 1 to {self.rounds - 1}")
+        restarts = self.settings.mas.lr_schedule == "restart"
+        return Trajectory(
+            sort_tasks(group),
+            self.seed,
+            data,
+            model,
+            replace(fl, measure_rounds=0),
+            parent=self.all_in_one(),
+            start_round=start,
+            lr_from=start if restarts else 0,
+        )
+
+    def _common(self) -> tuple:
+        return self.settings.data, self.settings.model, self.settings.fl
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a trajectory that a method pays for."""
+
+    trajectory: Trajectory
+    begin: int
+    end: int
+    affinity_rounds: int = 0  # affinities of rounds before this one belong to the method
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What every method returns. Losses are test losses, dimensionless, by task letter."""
+
+    method: str
+    tasks: str
+    seed: int
+    groups: tuple[str, ...]
+    losses: dict[str, float]  # of the model with the least validation loss
+    losses_last: dict[str, float]  # of the last round's model
+    cost: Cost  # everything the method trains, its search included
+    search_cost: Cost | None  # the share spent on finding the groups (HOA, TAG)
+    parts: tuple[Part, ...]
+
+    @property
+    def total(self) -> float:
+        return sum(self.losses.values())
+
+    @property
+    def total_last(self) -> float:
+        return sum(self.losses_last.values())
+
+
+Recipe = Generator[list[Need], None, MethodResult]
+
+
+def one_by_one(study: Study) -> Recipe:
+    """Every task alone, one after the other (Bonawitz et al., 2019; MAS, section 1)."""
+    return (yield from _train_groups("one-by-one", study, study.tasks))
+
+
+def all_in_one(study: Study) -> Recipe:
+    """All tasks in one multi-task network by FedAvg: min sum_i L_i (MAS, Eq. 2)."""
+    return (yield from _train_groups("all-in-one", study, [study.tasks]))
+
+
+def fedprox(study: Study, mu: float = 0.004) -> Recipe:
+    """All-in-one with FedProx's mu/2 |theta - theta_server|^2 on every client (Li et al., 2020)."""
+    return (yield from _all_in_one_with("fedprox", study, prox_mu=mu))
+
+
+def gradnorm(study: Study, alpha: float = 1.5, lr: float = 0.025) -> Recipe:
+    """All-in-one with GradNorm's loss weights on the shared representation (Chen et al., 2018)."""
+    return (yield from _all_in_one_with("gradnorm", study, gradnorm_alpha=alpha, gradnorm_lr=lr))
+
+
+def merge_and_split(study: Study, splits: int = 2) -> Recipe:
+    """MAS-x (Algorithm 1): merge, measure, split into exactly x groups, continue each group.
+
+    All-in-one for R0 rounds; the split with the highest total affinity (Eq. 3, 4); every group
+    from the all-in-one weights for the remaining R - R0 rounds.
+    """
+    _check_splits(study, splits)
+    mas, trunk = study.settings.mas, study.all_in_one()
+    measured = min(mas.affinity_rounds, study.settings.fl.measure_rounds)
+    yield [Need(trunk, max(mas.merge_rounds, measured))]
+    split = best_split(affinity_before_split(study), splits)
+    groups = [study.letters(g) for g in split.groups]
+    branches = [study.from_all_in_one(group) for group in groups]
+    yield [Need(branch, study.rounds) for branch in branches]
+    parts = [Part(trunk, 0, mas.merge_rounds, mas.affinity_rounds)]
+    parts += [Part(branch, mas.merge_rounds, study.rounds) for branch in branches]
+    return _result(f"MAS-{splits}", study, groups, branches, parts)
+
+
+def tag(study: Study, splits: int = 2) -> Recipe:
+    """TAG-x (Fifty et al., 2021): groups that may overlap, from all-in-one's affinities.
+
+    All-in-one for R rounds, grouping by the exact integer program, every group from scratch; a
+    task in several groups takes its best result.
+    """
+    _check_splits(study, splits)
+    trunk = study.all_in_one()
+    yield [Need(trunk, study.rounds)]
+    chosen = tag_groups(affinity_before_split(study), splits)
+    groups = [study.letters(g) for g in chosen.groups]
+    trained = [study.from_scratch(group) for group in groups]
+    yield [Need(t, study.rounds) for t in trained]
+    search = [Part(trunk, 0, study.rounds, study.settings.mas.affinity_rounds)]
+    parts = [Part(t, 0, study.rounds) for t in trained]
+    return _result(f"TAG-{splits}", study, groups, trained, parts, search)
+
+
+def hoa(study: Study, splits: int = 2) -> Recipe:
+    """HOA-x (Standley et al., 2020): groups from the losses of all single tasks and pairs.
+
+    A larger group's loss of a task is estimated as its mean over the pairs inside the group. The
+    best x groups (a task in several takes the better loss) are trained from scratch; singles and
+    pairs among them are at hand.
+    """
+    _check_splits(study, splits)
+    n = len(study.tasks)
+    singles = [study.from_scratch(a) for a in study.tasks]
+    pairs = {(i, j): study.from_scratch(study.letters((i, j))) for i, j in combinations(range(n), 2)}
+    yield [Need(t, study.rounds) for t in (*singles, *pairs.values())]
+    single_losses = np.array([sum(_losses(study, t).values()) for t in singles])
+    pair_losses = np.full((n, n), np.nan)
+    for (i, j), t in pairs.items():
+        losses = _losses(study, t)
+        pair_losses[i, j], pair_losses[j, i] = losses[study.tasks[i]], losses[study.tasks[j]]
+    chosen = hoa_groups(single_losses, pair_losses, splits)
+    groups = [study.letters(g) for g in chosen.groups]
+    trained = [study.from_scratch(group) for group in groups]
+    yield [Need(t, study.rounds) for t in trained]
+    search = [Part(t, 0, study.rounds) for t in (*singles, *pairs.values())]
+    parts = [Part(t, 0, study.rounds) for t in trained if len(t.tasks) > 2]
+    return _result(f"HOA-{splits}", study, groups, trained, parts, search)
+
+
+def standalone(study: Study, client: int) -> Recipe:
+    """All tasks in one network, trained by one client on its own data (MAS, section 4.5)."""
+    data, model, fl = study.settings.data, study.settings.model, study.settings.fl
+    fl = replace(fl, clients=(client,), clients_per_round=1, measure_rounds=0)
+    trajectory = Trajectory(study.tasks, study.seed, data, model, fl)
+    yield [Need(trajectory, study.rounds)]
+    parts = [Part(trajectory, 0, study.rounds)]
+    return _result(f"standalone-{client}", study, [study.tasks], [trajectory], parts)
+
+
+def every_partition(study: Study, splits: int, initialised: bool) -> Generator:
+    """All partitions into x groups, best first: the optimal and the worst (MAS, Table 1).
+
+    Every group from scratch, or (`initialised`) from the all-in-one weights of round R0. Returns a
+    list of MethodResult, ordered by total test loss.
+    """
+    _check_splits(study, splits)
+    start = study.settings.mas.merge_rounds if initialised else 0
+    make = study.from_all_in_one if initialised else study.from_scratch
+    choices = [
+        [study.letters(g) for g in groups] for groups in partitions(len(study.tasks), splits)
+    ]
+    distinct = sorted({group for groups in choices for group in groups})
+    trained = {group: make(group) for group in distinct}
+    yield [Need(t, study.rounds) for t in trained.values()]
+    trunk = [Part(study.all_in_one(), 0, start)] if initialised else []
+    name = f"{'initialised' if initialised else 'scratch'}-{splits}"
+    results = [
+        _result(
+            name,
+            study,
+            groups,
+            [trained[g] for g in groups],
+            [*trunk, *(Part(trained[g], start, study.rounds) for g in groups)],
+        )
+        for groups in choices
+    ]
+    return sorted(results, key=lambda r: r.total)
+
+
+METHODS = {
+    "one-by-one": one_by_one,
+    "all-in-one": all_in_one,
+    "fedprox": fedprox,
+    "gradnorm": gradnorm,
+    "hoa": hoa,
+    "tag": tag,
+    "mas": merge_and_split,
+}
+TAKES_SPLITS = ("hoa", "tag", "mas")
+
+
+def affinity_before_split(study: Study) -> np.ndarray:
+    """S-hat (n, n) that a split reads: the all-in-one affinities of the first rounds.
+
+    Unweighted mean over steps (already taken), clients, then rounds < affinity_rounds, or the last
+    of these rounds alone. The diagonal is 0, not measured: Eq. 4 defines it.
+    """
+    mas, measured = study.settings.mas, study.settings.fl.measure_rounds
+    if not measured:
+        raise UserError("fl.measure_rounds=0: no affinities to split by; allowed: 1 and more")
+    values = study.store.affinities(study.all_in_one()).values[: mas.affinity_rounds]
+    per_round = values.mean(1)  # (T, K, n, n) -> (T, n, n)
+    S = per_round[-1] if mas.affinity_at == "last" else per_round.mean(0)
+    np.fill_diagonal(S, 0.0)
+    return S
+
+
+def part_cost(store: Store, part: Part) -> Cost:
+    """What a stretch of a trajectory cost when it was trained, by its record.
+
+    Seconds are those of local training and averaging. Affinities are measured in more rounds than
+    a method asks for; the time of those measurements is left out, and energy in proportion.
+    """
+    rows = store.rounds(part.trajectory)
+    rows = rows[(rows["round"] >= part.begin) & (rows["round"] < part.end)]
+    extra = rows["affinity_seconds"].where(rows["round"] >= part.affinity_rounds, 0.0)
+    seconds = rows["seconds"] - extra
+    joules = rows["joules"] * (seconds / rows["seconds"])
+    result = store.result(part.trajectory) or {}
+    device = result.get("device", "1 thread")
+    estimate, source = estimated_kwh(seconds.sum(), device)
+    measured = joules.notna().all()
+    return Cost(
+        seconds=float(seconds.sum()),
+        energy_kwh=float(joules.sum() / JOULES_PER_KWH) if measured else None,
+        energy_kwh_estimated=estimate,
+        energy_source=f"{result.get('energy_source', 'not measured')}; estimated from {source}",
+        bytes_down=int(rows["bytes_down"].sum()),
+        bytes_up=int(rows["bytes_up"].sum()),
+        samples=int(rows["samples"].sum()),
+        peak_memory_bytes=int(result.get("peak_memory_bytes") or 0),
+    )
+
+
+def _train_groups(name: str, study: Study, groups: Sequence[str]) -> Recipe:
+    trained = [study.from_scratch(group) for group in groups]
+    yield [Need(t, study.rounds) for t in trained]
+    return _result(name, study, groups, trained, [Part(t, 0, study.rounds) for t in trained])
+
+
+def _all_in_one_with(method: str, study: Study, **changes: float) -> Recipe:
+    data, model, fl = study.settings.data, study.settings.model, study.settings.fl
+    fl = replace(fl, method=method, measure_rounds=0, **changes)
+    trajectory = Trajectory(study.tasks, study.seed, data, model, fl)
+    yield [Need(trajectory, study.rounds)]
+    parts = [Part(trajectory, 0, study.rounds)]
+    return _result(method, study, [study.tasks], [trajectory], parts)
+
+
+def _result(
+    name: str,
+    study: Study,
+    groups: Sequence[str],
+    trained: Sequence[Trajectory],
+    parts: Sequence[Part],
+    search: Sequence[Part] = (),
+) -> MethodResult:
+    """Every task's lowest validated test loss among the groups that train it, and the costs."""
+    best = [_losses(study, t) for t in trained]
+    last = [_losses(study, t, "test_last") for t in trained]
+    everything = [*search, *parts]
+    return MethodResult(
+        method=name,
+        tasks=study.tasks,
+        seed=study.seed,
+        groups=tuple(groups),
+        losses={a: min(x[a] for x in best if a in x) for a in study.tasks},
+        losses_last={a: min(x[a] for x in last if a in x) for a in study.tasks},
+        cost=sum(part_cost(study.store, p) for p in everything),
+        search_cost=sum(part_cost(study.store, p) for p in search) if search else None,
+        parts=tuple(everything),
+    )
+
+
+def _losses(study: Study, trajectory: Trajectory, which: str = "test_best") -> dict[str, float]:
+    return study.store.result(trajectory)[which]
+
+
+def _check_splits(study: Study, splits: int) -> None:
+    if not 1 <= splits <= len(study.tasks):
+        raise UserError(f"splits={splits}; {study.tasks} allows 1 to {len(study.tasks)}")

@@ -1,0 +1,270 @@
+"""Records of trajectories under results/<preset>/<id>/, and checkpoints beside them.
+
+    config.json      everything that determines the trajectory, and its parent's id
+    rounds.csv       one row a round
+    affinity.csv     one row a round and client: Eq. 3 averaged over its steps, columns i>j
+    result.json      test losses, cost, provenance; written last, so its presence means complete
+    checkpoints/     safetensors, not in git
+
+Every file appears by rename. Rows may run ahead of the last checkpoint after a kill; a resumed
+run drops them and writes them again, equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .config import FL, Data, Model, Trajectory, UserError
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Affinities:
+    """Measured affinities of one trajectory; axis 0 goes over rounds, axis 1 over clients."""
+
+    rounds: np.ndarray  # (T,) the rounds measured
+    clients: np.ndarray  # (T, K) client ids
+    values: np.ndarray  # (T, K, n, n) S[i, j], row updates, column receives; NaN diagonal
+
+
+class Store:
+    """The records of one preset; see `open_store`."""
+
+    def __init__(self, results: Path | str, preset: str) -> None:
+        self.results = Path(results)
+        self.root = self.results / preset
+        self.preset = preset
+
+    def folder(self, trajectory: Trajectory | str) -> Path:
+        return self.root / (trajectory if isinstance(trajectory, str) else trajectory.id)
+
+    def ids(self) -> list[str]:
+        """Ids of all trajectories that have a record."""
+        return sorted(path.parent.name for path in self.root.glob("*/config.json"))
+
+    def trajectory(self, id_: str) -> Trajectory:
+        """The configuration of a record; a UserError if it is absent or does not match its id."""
+        path = self.folder(id_) / "config.json"
+        values = self._read_json(path)
+        if values is None:
+            raise UserError(f"no record {id_} in {self.root}")
+        try:
+            fl = values["fl"] | {"clients": _as_tuple(values["fl"]["clients"])}
+            trajectory = Trajectory(
+                tasks=values["tasks"],
+                seed=values["seed"],
+                data=Data(**values["data"]),
+                model=Model(**values["model"]),
+                fl=FL(**fl),
+                parent=self.trajectory(values["parent"]) if values["parent"] else None,
+                start_round=values["start_round"],
+                lr_from=values["lr_from"],
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is no configuration of a trajectory: {error}") from None
+        if trajectory.id != id_:
+            raise UserError(
+                f"{path} does not match its id: it describes {trajectory.id}; "
+                "restore the file, or delete the folder to train anew"
+            )
+        return trajectory
+
+    def result(self, trajectory: Trajectory | str) -> dict[str, Any] | None:
+        """The contents of result.json, or None while the trajectory is not complete."""
+        return self._read_json(self.folder(trajectory) / "result.json")
+
+    def rounds(self, trajectory: Trajectory | str) -> pd.DataFrame:
+        """rounds.csv as a table with one row a round, empty if there is none."""
+        path = self.folder(trajectory) / "rounds.csv"
+        return pd.read_csv(path) if path.exists() else pd.DataFrame({"round": []})
+
+    def rounds_done(self, trajectory: Trajectory) -> int:
+        """The round after the last recorded one (a trajectory's first round if there is none)."""
+        path = self.folder(trajectory) / "rounds.csv"
+        if not path.exists():
+            return trajectory.start_round
+        return trajectory.start_round + path.read_text().count("\n") - 1
+
+    def affinities(self, trajectory: Trajectory | str) -> Affinities:
+        """Every measured affinity of a trajectory; a UserError if none was measured."""
+        path = self.folder(trajectory) / "affinity.csv"
+        if not path.exists():
+            raise UserError(f"no affinities in {path.parent}: train it with fl.measure_rounds > 0")
+        table = pd.read_csv(path)
+        n = round((len(table.columns) - 3) ** 0.5)
+        rounds = table["round"].unique()
+        per_round = len(table) // len(rounds)
+        values = table.iloc[:, 3:].to_numpy().reshape(len(rounds), per_round, n, n)
+        clients = table["client"].to_numpy().reshape(len(rounds), per_round)
+        return Affinities(rounds, clients, values)
+
+    @contextlib.contextmanager
+    def lock(self, trajectory: Trajectory) -> Iterator[None]:
+        """Hold a trajectory for writing; the operating system frees it when the process dies."""
+        folder = self.folder(trajectory)
+        self._make(folder)
+        with filelock.FileLock(folder / "training.lock"):
+            yield
+
+    # Writing; the caller holds the lock.
+
+    def write_config(self, trajectory: Trajectory) -> None:
+        path = self.folder(trajectory) / "config.json"
+        self._write(path, _json_text(trajectory.to_json()))
+
+    def write_rounds(self, trajectory: Trajectory, rows: list[dict[str, Any]]) -> None:
+        self._write(self.folder(trajectory) / "rounds.csv", _csv_text(rows))
+
+    def write_affinities(self, trajectory: Trajectory, rows: list[dict[str, Any]]) -> None:
+        self._write(self.folder(trajectory) / "affinity.csv", _csv_text(rows))
+
+    def write_result(self, trajectory: Trajectory, result: dict[str, Any]) -> None:
+        self._write(self.folder(trajectory) / "result.json", _json_text(result))
+
+    def read_rows(self, trajectory: Trajectory, name: str, until: int) -> list[dict[str, Any]]:
+        """The rows of rounds.csv or affinity.csv before round `until`, as text."""
+        path = self.folder(trajectory) / name
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if int(row["round"]) < until]
+
+    def checkpoint_path(self, trajectory: Trajectory, name: str) -> Path:
+        return self.folder(trajectory) / "checkpoints" / f"{name}.safetensors"
+
+    def checkpoints(self, trajectory: Trajectory) -> dict[int, Path]:
+        """Kept states by the number of rounds trained: round_0030 is the state after round 29."""
+        folder = self.folder(trajectory) / "checkpoints"
+        return {int(p.stem[6:]): p for p in sorted(folder.glob("round_*.safetensors"))}
+
+    def save_checkpoint(
+        self, trajectory: Trajectory, name: str, state: State, round_: int, fingerprint: str
+    ) -> None:
+        """Write a state; its metadata say whose it is, after how many rounds, on which data."""
+        about = {"trajectory": trajectory.id, "round": str(round_), "data": fingerprint}
+        tensors = {key: t.detach().cpu().contiguous() for key, t in state.items()}
+        self._write(self.checkpoint_path(trajectory, name), save(tensors, metadata=about))
+
+    def load_checkpoint(
+        self, trajectory: Trajectory, path: Path, like: State, fingerprint: str
+    ) -> tuple[State, int]:
+        """A state and its number of rounds; a UserError if the file is broken or another's."""
+        remedy = f"delete {path.parent} to train from the start"
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"checkpoint {path} cannot be read ({error}); {remedy}") from None
+        shapes = {k: t.shape for k, t in state.items() if not k.startswith("balance.")}
+        wanted = {k: t.shape for k, t in like.items() if not k.startswith("balance.")}
+        if about.get("trajectory") != trajectory.id or shapes != wanted:
+            raise UserError(f"checkpoint {path} holds another network's weights; {remedy}")
+        if about["data"] != fingerprint:
+            raise UserError(
+                f"{trajectory.id} was trained on other data than lies in the data folder now; "
+                f"give that folder with --data, or {remedy}"
+            )
+        return state, int(about["round"])
+
+    def _read_json(self, path: Path) -> dict[str, Any] | None:
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from None
+
+    def _make(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write records under {self.results}: {error}") from None
+
+    def _write(self, path: Path, content: str | bytes) -> None:
+        self._make(path.parent)
+        data = content.encode() if isinstance(content, str) else content
+        try:
+            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        except OSError as error:
+            raise UserError(f"cannot write records under {self.results}: {error}") from None
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def open_store(preset: str = "small", results: Path | str = "results") -> Store:
+    """The records of a preset; the folder need not exist yet."""
+    return Store(results, preset)
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Versions and git revision of what is running; null where they cannot be told."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            run = subprocess.run(
+                ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return run.stdout.strip() if run.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--", ".")
+    try:
+        version = metadata.version("mas-core")
+    except metadata.PackageNotFoundError:
+        version = None
+    return {
+        "mas_core": version,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "git_revision": git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+    }
+
+
+def _as_tuple(value: list[int] | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value)
+
+
+def _json_text(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _csv_text(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,193 @@
+"""The nine dense vision tasks in one table: letter, Taskonomy domain, decoding, channels, loss.
+
+Encodings and losses are those of the released code (which takes them from Standley et al., 2020):
+`decode` turns what lies on disk into what a network predicts, `loss` compares the two.
+
+Which pixels count is one mask for all tasks, the valid depth: s ignores class 0 instead;
+d and n average over valid pixels; e, r and c zero invalid pixels but average over all; k, t, a use all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import UserError
+
+NUM_CLASSES = 18  # segmentation ids 0..17, 0 = unlabelled
+MAX_DEPTH = 2**13  # raw depth (1/512 m) at and above this is invalid: sky, windows
+DEPTH_DOMAIN = "depth_zbuffer"  # also gives the mask of every task
+TASK_SETS = ("sdnkt", "erckt", "sdnkterca")
+
+
+def _cross_entropy(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean over labelled pixels; 0 where a batch has none (a mean over nothing would be NaN)."""
+    total = F.cross_entropy(output, target, ignore_index=0, reduction="sum")
+    return total / (target > 0).sum().clamp(min=1)
+
+
+def _masked_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """|output - target| over valid pixels, mean per image: (B, C, H, W) -> (B,)."""
+    error = ((output - target).abs() * mask).mean(1).sum((1, 2))
+    return error / mask.sum((1, 2, 3)).clamp(min=1)
+
+
+def _rotation_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Masked L1, for each image the least over the nine shifts of the output by one pixel at most.
+
+    The best shift is found without autograd; then the target is moved under the output, so that
+    the backward pass is that of one masked L1. Value and gradient are those of the minimum.
+    """
+    height, width = output.shape[-2:]
+    target, mask = target[..., 1:-1, 1:-1], mask[..., 1:-1, 1:-1]
+    with torch.no_grad():
+        errors = [
+            _masked_l1(output[..., y : y + height - 2, x : x + width - 2], target, mask)
+            for y in range(3)
+            for x in range(3)
+        ]
+        best = torch.stack(errors).argmin(0)  # (9, B) -> (B,)
+        y, x = best // 3, best % 3
+        rows = torch.arange(len(output), device=output.device)
+
+        def shifted(image: Tensor) -> Tensor:  # (B, C, H - 2, W - 2) -> (B, C, H, W)
+            windows = F.pad(image, (2, 2, 2, 2)).unfold(2, height, 1).unfold(3, width, 1)
+            return windows[rows, :, 2 - y, 2 - x]
+
+        target, mask = shifted(target), shifted(mask)
+    return _masked_l1(output, target, mask).mean()
+
+
+def _l1_invalid_zero(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    return ((output - target).abs() * mask).mean()
+
+
+def _l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    return (output - target).abs().mean()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. Encoded value v on disk, target (v / divisor - mean) / std, channel by channel."""
+
+    letter: str
+    name: str
+    domain: str  # Taskonomy's folder and file name
+    stored: str  # "uint8x3", "uint8" or "uint16": channels and depth of the PNG
+    channels: int  # the network's output channels
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    divisor: float = 1.0
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _l1
+    flip_signs: tuple[float, ...] | None = None  # signs of the channels under a horizontal flip
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """Encoded (B, H, W) or (B, H, W, 3) -> target (B, C, H, W) float32; s -> (B, H, W) int64."""
+        if self.letter == "s":
+            return raw.long()
+        value = raw.float() if raw.dim() == 4 else raw.float().unsqueeze(-1)
+        # Reshading is a gray image stored as RGB; curvature uses the first two channels of three.
+        value = value.mean(-1, keepdim=True) if self.channels == 1 else value[..., : self.channels]
+        value = value / self.divisor
+        mean = value.new_tensor(self.mean)
+        std = value.new_tensor(self.std)
+        return ((value - mean) / std).permute(0, 3, 1, 2)
+
+
+TASKS = {
+    task.letter: task
+    for task in (
+        Task("s", "semantic segmentation", "segment_semantic", "uint8", NUM_CLASSES,
+             loss=_cross_entropy),
+        Task("d", "depth", DEPTH_DOMAIN, "uint16", 1, (1500.0,), (1000.0,), loss=_rotation_l1),
+        Task("n", "surface normals", "normal", "uint8x3", 3, (0.5,), (0.5,), 255.0,
+             loss=_rotation_l1, flip_signs=(-1.0, 1.0, 1.0)),
+        Task("k", "keypoints", "keypoints2d", "uint16", 1, (50.0,), (100.0,)),
+        Task("t", "edge texture", "edge_texture", "uint16", 1, (718.0,), (1070.0,)),
+        Task("e", "edge occlusion", "edge_occlusion", "uint16", 1, (56.0248,), (239.1265,),
+             loss=_l1_invalid_zero),
+        Task("r", "reshading", "reshading", "uint8x3", 1, (0.4962,), (0.2846,), 255.0,
+             loss=_l1_invalid_zero),
+        Task("c", "principal curvature", "principal_curvature", "uint8x3", 2, (0.5175, 0.4987),
+             (0.1373, 0.0359), 255.0, loss=_l1_invalid_zero),
+        Task("a", "auto-encoder", "rgb", "uint8x3", 3, divisor=255.0),
+    )
+}  # fmt: skip
+
+INPUT_DOMAIN = "rgb"
+DOMAINS = (INPUT_DOMAIN, *(t.domain for t in TASKS.values() if t.domain != INPUT_DOMAIN))
+STORED = {t.domain: t.stored for t in TASKS.values()}  # domain -> how its PNGs are encoded
+
+
+def check_tasks(letters: str) -> str:
+    """`letters` itself when each is a known task and none is there twice; a UserError otherwise."""
+    allowed = "".join(TASKS)
+    unknown = sorted(set(letters) - set(TASKS))
+    if unknown:
+        raise UserError(f"unknown task {unknown[0]!r} in {letters!r}; the tasks are {allowed}")
+    twice = sorted({letter for letter in letters if letters.count(letter) > 1})
+    if twice:
+        raise UserError(f"task {twice[0]!r} stands twice in {letters!r}")
+    if not letters:
+        raise UserError(f"no task given; the tasks are {allowed}")
+    return letters
+
+
+def sort_tasks(letters: str) -> str:
+    """The same tasks in the table's order, so that a set of tasks has one name."""
+    return "".join(letter for letter in TASKS if letter in check_tasks(letters))
+
+
+def domains_of(letters: str) -> tuple[str, ...]:
+    """The domains that training `letters` reads: the image, the depth (for its mask), the labels."""
+    needed = {INPUT_DOMAIN, DEPTH_DOMAIN, *(TASKS[letter].domain for letter in letters)}
+    return tuple(domain for domain in DOMAINS if domain in needed)
+
+
+@dataclass
+class Batch:
+    """A decoded batch on the device: image (B, 3, H, W), mask (B, 1, H, W), targets by letter."""
+
+    image: Tensor
+    mask: Tensor
+    targets: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+def decode_batch(raw: dict[str, Tensor], letters: str, flip: Tensor | None = None) -> Batch:
+    """Decode encoded arrays, on the device where they lie, and flip some of the images.
+
+    raw     domain -> (B, H, W) or (B, H, W, 3), as stored (uint8, uint16)
+    flip    (B,) bool: which images to mirror left to right; the x component of normals changes sign
+    """
+    image = raw[INPUT_DOMAIN].float().div(255.0).permute(0, 3, 1, 2)
+    # uint16 has few operators in PyTorch; every 16-bit value is exact in float32.
+    mask = (raw[DEPTH_DOMAIN].float() < MAX_DEPTH).float().unsqueeze(1)
+    targets = {letter: TASKS[letter].decode(raw[TASKS[letter].domain]) for letter in letters}
+    if flip is None:
+        return Batch(image, mask, targets)
+    flipped = {}
+    for letter, target in targets.items():
+        mirrored = target.flip(-1)
+        signs = TASKS[letter].flip_signs
+        if signs is not None:
+            mirrored = mirrored * mirrored.new_tensor(signs).view(1, -1, 1, 1)
+        flipped[letter] = _where(flip, mirrored, target)
+    return Batch(_where(flip, image.flip(-1), image), _where(flip, mask.flip(-1), mask), flipped)
+
+
+def _where(flip: Tensor, mirrored: Tensor, plain: Tensor) -> Tensor:
+    return torch.where(flip.view(-1, *[1] * (plain.dim() - 1)), mirrored, plain)
+
+
+def task_losses(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Loss of every task on one batch, in the order of `outputs`: (n,) float32, dimensionless."""
+    return torch.stack(
+        [TASKS[a].loss(out.float(), batch.targets[a], batch.mask) for a, out in outputs.items()]
+    )
