@@ -30,6 +30,7 @@ CLASSES = (
     SINK, FRIDGE, BOOK, CLOCK, VASE,
 ) = range(18)  # fmt: skip
 PLAIN, TILES, STRIPES, PLANKS, BRICKS, NOISE = range(6)
+QUARTER = 1.570796327  # radians, a quarter turn
 
 
 def hsv(h, s, v):
@@ -97,31 +98,32 @@ class Kit:
         lo = tuple(-v for v in half)
         self.prims.append(Prim(ROUND, (x, y, z + h / 2), lo, half, label, mat, rotation, radius=r))
 
-    def _quad(self, x, y, z, quad, lo, hi, mat, label, cap, rotation):
+    def quad(self, x, y, z, quad, lo, hi, mat, label=1, cap=-1, rotation=IDENTITY):
         self.prims.append(
             Prim(QUADRIC, (x, y, z), lo, hi, label, mat, rotation, quad=quad, cap=cap)
         )
 
     def cyl(self, x, y, z, r, h, mat, label=1, ry=None, cap=2, rotation=IDENTITY):
         a, b = r * 1.0001, (ry or r) * 1.0001
-        self._quad(
+        self.quad(
             x, y, z, cylinder(r, ry), (-a, -b, 0.0), (a, b, h), mat, label, cap, rotation
         )
 
     def taper(self, x, y, z, r0, r1, h, mat, label=1, cap=2, rotation=IDENTITY):
         a = max(r0, r1) * 1.0001
-        self._quad(x, y, z, cone(r0, 0.0, r1, h), (-a, -a, 0.0), (a, a, h), mat, label, cap, rotation)
+        lo, hi = (-a, -a, 0.0), (a, a, h)
+        self.quad(x, y, z, cone(r0, 0.0, r1, h), lo, hi, mat, label, cap, rotation)
 
     def egg(self, x, y, z, a, b, c, mat, label=1, lo=-1.0, hi=1.0, cap=-1, rotation=IDENTITY):
         """Ellipsoid about (x, y, z); ``lo`` and ``hi`` clip it at these parts of its height."""
         f = 1.0001
         box = (-a * f, -b * f, lo * c * f), (a * f, b * f, hi * c * f)
-        self._quad(x, y, z, ellipsoid(a, b, c), *box, mat, label, cap, rotation)
+        self.quad(x, y, z, ellipsoid(a, b, c), *box, mat, label, cap, rotation)
 
     def neck(self, x, y, z, w, r, lo, hi, mat, label=1, cap=-1):
         """Hyperboloid about (x, y, z): radius w at z, r at z + hi; from z - lo to z + hi."""
         a = r * max(1.0, lo / hi) * 1.0001
-        self._quad(
+        self.quad(
             x, y, z, waist(w, r, hi), (-a, -a, -lo), (a, a, hi), mat, label, cap, IDENTITY
         )
 
@@ -163,7 +165,8 @@ def plant(k, size=1.0):
             a = k.u(0.2, 0.3) * size
             s, c = sincos(1.57 * i + k.u(0, 1))
             m = k.mat(leaf, dark, NOISE, 0.07)
-            k.egg(c * a * 0.6, s * a * 0.6, h + stem + a * (0.4 + 0.3 * (i % 2)), a, a, a * 0.8, m, PLANT)
+            up = h + stem + a * (0.4 + 0.3 * (i % 2))
+            k.egg(c * a * 0.6, s * a * 0.6, up, a, a, a * 0.8, m, PLANT)
     else:
         for i in range(8):
             tilt = turn(1, k.u(0.2, 0.75))
@@ -197,14 +200,13 @@ def chair(k):
     for sx in (-1, 1):
         for sy in (-1, 1):
             k.taper(sx * w * 0.42, sy * w * 0.42, 0, 0.02, 0.03, seat, wood, CHAIR)
-    k.soft(0, 0, seat - 0.03, w, w, 0.1, 0.05, soft, CHAIR)
-    lean = turn(0, -0.14)
-    if k.style["round"] > 0.5:
-        k.soft(0, w * 0.5, seat + 0.1, w * 0.95, 0.09, back - seat, 0.045, soft, CHAIR, lean)
-    else:
-        k.box(0, w * 0.5, seat + 0.25, w * 0.95, 0.04, back - seat - 0.15, soft, CHAIR, lean)
-        for sx in (-1, 1):
-            k.cyl(sx * w * 0.4, w * 0.47, seat, 0.022, 0.35, wood, CHAIR)
+    k.cyl(0, 0, seat - 0.04, w * 0.56, 0.04, wood, CHAIR)
+    k.egg(0, 0, seat, w * 0.56, w * 0.56, 0.09, soft, CHAIR, lo=-0.2)
+    lean = turn(0, -0.12)
+    low = 0.12 if k.style["round"] > 0.5 else 0.22
+    k.cyl(0, w * 0.5, seat + low, w * 0.5, back - seat - low, soft, CHAIR, ry=0.08, rotation=lean)
+    for sx in (-1, 1):
+        k.cyl(sx * w * 0.36, w * 0.48, seat - 0.05, 0.024, 0.35, wood, CHAIR, rotation=lean)
     return w + 0.05, w + 0.12
 
 
@@ -214,18 +216,19 @@ def armchair(k):
 
 def couch(k, width=None, label=COUCH):
     w = width or k.u(1.7, 2.3) * k.style["scale"]
-    d, r, seat = 0.92, 0.06 + 0.07 * k.style["round"], 0.42
+    d, seat = 0.92, 0.42
     m = _fabric(k)
     k.soft(0, 0, 0.08, w - 0.1, d, 0.22, 0.06, m, label)
-    k.soft(0, d / 2 - 0.13, 0.15, w - 0.1, 0.26, 0.72, r, m, label, turn(0, -0.1))
+    k.soft(0, d / 2 - 0.13, 0.15, w - 0.1, 0.26, 0.7, 0.13, m, label, turn(0, -0.1))
     for side in (-1, 1):
-        k.soft(side * (w / 2 - 0.11), 0, 0.05, 0.22, d, 0.58, r, m, label)
+        k.soft(side * (w / 2 - 0.12), 0, 0.05, 0.24, d, 0.58, 0.12, m, label)
     n = 1 if w < 1.2 else 2 if w < 2.0 else 3
     step = (w - 0.44) / n
     for i in range(n):
         x = -w / 2 + 0.22 + step * (i + 0.5)
-        k.soft(x, -0.1, 0.27, step - 0.01, d - 0.24, seat - 0.24, r * 0.9, m, label)
-        k.soft(x, 0.2, seat + 0.02, step - 0.05, 0.2, 0.36, 0.09, m, label, turn(0, -0.22))
+        k.soft(x, -0.1, 0.25, step - 0.01, d - 0.24, 0.12, 0.06, m, label)
+        k.egg(x, -0.1, 0.35, step * 0.54, (d - 0.2) * 0.54, seat - 0.27, m, label, lo=0.0)
+        k.egg(x, 0.2, seat + 0.2, step * 0.52, 0.16, 0.27, m, label, rotation=turn(0, -0.2))
     accent = _fabric(k, k.style["accent"])
     for side in (-1, 1) if label == COUCH else (0,):
         if k.chance(0.8):
@@ -240,13 +243,16 @@ def bed(k):
     white = k.mat((0.93, 0.92, 0.9))
     k.box(0, 0, 0.08, w, d, 0.2, _wood(k), BED)
     k.soft(0, -0.02, 0.25, w - 0.04, d - 0.08, 0.3, 0.1, white, BED)
-    k.soft(0, -0.3, 0.3, w + 0.05, d * 0.68, 0.32, 0.12, m, BED)
+    box = (-w * 0.53, -d * 0.36, 0.0), (w * 0.53, d * 0.36, 0.4)
+    crown = (1 / (0.28 * w * w), 0.0, 1 / 0.16, 0.0, -1.0)  # a blanket arched over the bed
+    k.quad(0, -0.29, 0.26, crown, *box, m, BED, cap=1)
     if k.style["round"] > 0.5:
         k.soft(0, d / 2 + 0.02, 0.1, w + 0.06, 0.16, 1.0, 0.08, m, BED)
     else:
         k.box(0, d / 2 + 0.02, 0.0, w + 0.06, 0.07, 1.05, _wood(k), BED)
     for side in (-1, 1):
-        k.soft(side * w * 0.24, d / 2 - 0.3, 0.5, w * 0.42, 0.4, 0.2, 0.1, white, BED, turn(0, -0.25))
+        pillow = (w * 0.23, 0.24, 0.12)
+        k.egg(side * w * 0.24, d / 2 - 0.28, 0.58, *pillow, white, BED, rotation=turn(0, -0.25))
     return w + 0.1, d + 0.2
 
 
@@ -261,7 +267,8 @@ def table(k, w=None, d=0.9, h=0.75, dressed=True):
         k.box(0, 0, h - 0.07, w, d, 0.07, wood, TABLE)
         for sx in (-1, 1):
             for sy in (-1, 1):
-                k.taper(sx * (w / 2 - 0.08), sy * (d / 2 - 0.08), 0, 0.035, 0.055, h - 0.07, wood, TABLE)
+                x, y = sx * (w / 2 - 0.08), sy * (d / 2 - 0.08)
+                k.taper(x, y, 0, 0.035, 0.055, h - 0.07, wood, TABLE)
     for x in (-0.3 * w, 0.0, 0.3 * w) if dressed else (0.0,):
         if k.chance(0.75):
             k.sub(k.pick((bottle, bottle, vase, books_pile, vase)), x, k.u(-0.2, 0.2), h, k.u(0, 3))
@@ -357,9 +364,9 @@ def microwave(k):
 
 def toaster(k):
     m = k.mat(k.pick(((0.8, 0.8, 0.82), hsv(k.style["accent"], 0.7, 0.75))))
-    k.soft(0, 0, 0, 0.38, 0.24, 0.27, 0.08, m, TOASTER)
+    k.soft(0, 0, 0, 0.42, 0.26, 0.3, 0.09, m, TOASTER)
     for y in (-0.045, 0.045):
-        k.box(0, y, 0.262, 0.27, 0.03, 0.01, k.mat((0.05, 0.05, 0.05)), TOASTER)
+        k.box(0, y, 0.292, 0.27, 0.03, 0.012, k.mat((0.05, 0.05, 0.05)), TOASTER)
     k.soft(0.2, 0, 0.12, 0.05, 0.07, 0.03, 0.014, k.mat((0.1, 0.1, 0.1)), TOASTER)
     return 0.4, 0.25
 
@@ -368,9 +375,9 @@ def oven(k):
     c, dark = k.tint(k.style["appliance"]), k.mat((0.06, 0.06, 0.07))
     k.box(0, 0, 0, 0.66, 0.62, 0.92, c, OVEN)
     k.box(0, -0.31, 0.2, 0.52, 0.02, 0.38, dark, OVEN)
-    k.cyl(-0.27, -0.36, 0.66, 0.02, 0.54, k.mat((0.8, 0.8, 0.8)), OVEN, rotation=turn(1, 1.570796327))
+    k.cyl(-0.27, -0.36, 0.66, 0.02, 0.54, k.mat((0.8, 0.8, 0.8)), OVEN, rotation=turn(1, QUARTER))
     for x in (-0.22, -0.075, 0.075, 0.22):
-        k.cyl(x, -0.3, 0.8, 0.032, 0.05, dark, OVEN, rotation=turn(0, 1.570796327))
+        k.cyl(x, -0.3, 0.8, 0.032, 0.05, dark, OVEN, rotation=turn(0, QUARTER))
     for x in (-0.16, 0.16):
         for y in (-0.14, 0.14):
             k.cyl(x, y, 0.92, 0.11, 0.02, dark, OVEN)
@@ -414,24 +421,24 @@ def pedestal_sink(k):
     return 0.68, 0.6
 
 
-def counter(k, things=None):
-    w, h = k.u(1.5, 2.2), 0.9
+def counter(k):
+    w, h = k.u(1.6, 2.4), 0.9
     front = _fabric(k) if k.chance(0.3) else _wood(k, 0.4)
     k.box(0, 0.02, 0, w, 0.58, h - 0.05, front)
     k.box(0, 0, h - 0.05, w + 0.03, 0.64, 0.05, k.tint(k.style["stone"]))
-    n = 3 if w > 1.8 else 2
+    n = 3 if w > 1.9 else 2
     for i in range(2 * n):
         k.box(-w / 2 + w * (i + 0.5) / (2 * n), -0.28, 0.6, 0.1, 0.03, 0.02, k.mat((0.7, 0.7, 0.7)))
+    first = int(k.u(0, 3))
     for i in range(n):
-        x = -w / 2 + w * (i + 0.5) / n
-        thing = (things or (basin, microwave, toaster))[i % 3]
-        k.sub(thing if k.chance(0.85) else bottles, x, 0.0, h)
+        thing = (basin, microwave, toaster)[(first + i) % 3]
+        k.sub(thing if k.chance(0.85) else bottles, -w / 2 + w * (i + 0.5) / n, 0.0, h)
     return w + 0.04, 0.66
 
 
 def clock(k, size=None):
     r = size or k.u(0.17, 0.28)
-    up = turn(0, 1.570796327)
+    up = turn(0, QUARTER)
     k.cyl(0, 0, 0, r, 0.05, k.mat(hsv(k.style["accent"], 0.7, 0.35)), CLOCK, rotation=up)
     k.cyl(0, 0, 0, r * 0.86, 0.056, k.mat((0.95, 0.94, 0.9)), CLOCK, rotation=up)
     black = k.mat((0.05, 0.05, 0.05))

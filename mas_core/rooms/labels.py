@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from .furniture import BRICKS, NOISE, NONE, PLANKS, STRIPES, TILES
-from .scene import box_corners
-from .shapes import intersect, surface
+from .furniture import BRICKS, NONE, PLANKS, STRIPES, TILES
+from .shapes import intersect, rotate, surface
 
 DOMAINS = (
     "rgb", "segment_semantic", "depth_zbuffer", "normal", "keypoints2d", "edge_texture",
@@ -14,8 +13,8 @@ DEPTH_PER_M = 512
 INVALID_DEPTH = 65535
 MAX_DEPTH_M = 15.9  # 2^13 / 512, less a margin
 CURVATURE_FLAT = (0.5175, 0.4987)  # the released normalisation's means
-CURVATURE_GAIN = (0.48, 0.3)
-CURVATURE_RADIUS_M = 0.2  # radius at which the response has reached 1/sqrt(2) of its limit
+CURVATURE_GAIN = (0.36, 0.2)
+CURVATURE_RADIUS_M = 0.5  # radius at which the response has reached 1/sqrt(2) of its limit
 
 
 def rays(camera, size):
@@ -46,13 +45,10 @@ def _window(corners, camera, size):
 
 
 def cast(scene, camera, size):
-    """First hits: (z-depth in m, inf where none; index into the flat list of prims), and prims."""
+    """First hits: z-depth in m (inf: none), index into ``scene.prims`` (-1: none), and the rays."""
     d = rays(camera, size)
     depth = np.full((size, size), np.inf)
     hit = np.full((size, size), -1)
-    prims = [p for g in scene.groups for p in g.prims]
-    if not hasattr(scene, "corners"):
-        scene.corners = np.array([box_corners(p) for p in prims])
     start, order = 0, []
     for g in scene.groups:
         away = [g.center[k] - camera.position[k] for k in range(3)]
@@ -75,7 +71,7 @@ def cast(scene, camera, size):
             near = t < depth[at]
             np.copyto(depth[at], t, where=near)
             np.copyto(hit[at], i, where=near)
-    return depth, hit, prims, d
+    return depth, hit, d
 
 
 def _hash(ix, iy, salt):
@@ -143,7 +139,7 @@ def render_view(scene, camera, size):
     z forward, unit, towards the camera), curvature (2: 1/m, larger magnitude first, positive where
     the surface bulges towards the camera), label (class id), reshading (0..1), rgb (uint8).
     """
-    depth, hit, prims, d = cast(scene, camera, size)
+    depth, hit, d = cast(scene, camera, size)
     normal = np.zeros((size, size, 3))
     curvature = np.zeros((size, size, 2))
     label = np.full((size, size), NONE, np.uint8)
@@ -166,13 +162,13 @@ def render_view(scene, camera, size):
             for k in range(3):
                 color[rows, cols, k] = scene.sky[k] * (1.0 - 0.35 * up * (1 - 0.5 * (k == 2)))
             continue
-        prim, t = prims[i], depth[rows, cols]
+        prim, t = scene.prims[i], depth[rows, cols]
         point = [camera.position[k] + t * dd[k] for k in range(3)]
         n, k12, local = surface(prim, point, dd)
         facing = -(n[0] * dd[0] + n[1] * dd[1] + n[2] * dd[2]) / length[rows, cols]
         dist = t * length[rows, cols]
         label[rows, cols] = prim.label
-        shade[rows, cols] = facing / (1.0 + dist * dist / 16.0)
+        shade[rows, cols] = np.minimum(1.0, 1.4 * facing / (1.0 + dist * dist / 9.0))
         for k, axis in enumerate((camera.right, camera.down, camera.forward)):
             normal[rows, cols, k] = n[0] * axis[0] + n[1] * axis[1] + n[2] * axis[2]
         for k in range(2):
@@ -180,8 +176,7 @@ def render_view(scene, camera, size):
         pattern, first, second, scale, own = scene.materials[prim.material]
         w = 0.0
         if pattern:
-            m = prim.rotation
-            flat = [np.abs(m[3 * k] * n[0] + m[3 * k + 1] * n[1] + m[3 * k + 2] * n[2]) for k in range(3)]
+            flat = [np.abs(x) for x in rotate(prim.rotation, *n)]
             side = (flat[0] > flat[1]) & (flat[0] > flat[2])
             top = (flat[2] >= flat[0]) & (flat[2] >= flat[1])
             u = np.where(side, local[1], local[0])
@@ -192,9 +187,8 @@ def render_view(scene, camera, size):
             c = first[k] + w * (second[k] - first[k])
             albedo[rows, cols, k] = c * c
             world[rows, cols, k] = point[k]
+            color[rows, cols, k] = n[k]
         glow[rows, cols] = own
-        normal_world = n
-        color[rows, cols, 0], color[rows, cols, 1], color[rows, cols, 2] = normal_world
 
     valid = hit >= 0
     _light(scene, valid, world, color, albedo, glow)
@@ -239,7 +233,8 @@ def _light(scene, valid, world, color, albedo, glow):
             out = np.maximum(-(v[0] * way[0] + v[1] * way[1]), 0.0)
             face = np.maximum(n[0] * v[0] + n[1] * v[1] + n[2] * v[2], 0.0)
             day = day + s["window"] * area * out * face / (r2 * r2)
-        base = s["ambient"] * (0.8 + 0.2 * n[2]) * corner + 0.1 * s["window"] * len(room.windows) * corner
+        base = s["ambient"] * (0.8 + 0.2 * n[2]) + 0.1 * s["window"] * len(room.windows)
+        base = base * corner
         own = glow[rows, cols]
         for k in range(3):
             light = base + lamp * s["lamp"][k] + day * scene.sky[k]
@@ -284,7 +279,7 @@ def occlusion(depth):
     size = depth.shape[0]
     step = max(1, size // 64)
     w = 1.0 / np.minimum(depth, 25.0)
-    p = np.pad(w, step, mode="edge")
+    p = np.pad(w, step, mode="reflect", reflect_type="odd")  # goes on straight
     c = p[step:-step, step:-step]
     bend = 0.0
     for a, b in (
@@ -303,8 +298,8 @@ def occlusion(depth):
 def encode(labels):
     """Taskonomy's files of one view: {domain: uint8 (H, W[, 3]) or uint16 (H, W)}.
 
-    Principal curvature: with x = k * 0.2 m, channel i holds m_i + g_i x / sqrt(1 + x^2), where m
-    are the released normalisation's means (a flat surface) and g = (0.48, 0.3); the third channel
+    Principal curvature: with x = k * 0.5 m, channel i holds m_i + g_i x / sqrt(1 + x^2), where m
+    are the released normalisation's means (a flat surface) and g = (0.36, 0.2); the third channel
     is constant.
     """
     rgb, depth = labels["rgb"], labels["depth"]
@@ -329,7 +324,8 @@ def encode(labels):
     least = (xx + yy - np.sqrt((xx - yy) * (xx - yy) + 4 * xy * xy)) / 2
     corners = np.sqrt(np.maximum(least, 0.0)) * (gain * KEYPOINT_GAIN)
     narrow, wide = occlusion(depth)
-    edges = OCCLUSION_BASE + gain * OCCLUSION_GAIN * narrow + OCCLUSION_TAIL * wide
+    occlusion_gain = OCCLUSION_GAIN * (0.6 if size < 64 else 1.0)
+    edges = OCCLUSION_BASE + occlusion_gain * narrow + OCCLUSION_TAIL * wide
 
     def short(x):
         return np.minimum(np.rint(x), 65535).astype(np.uint16)

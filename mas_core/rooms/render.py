@@ -13,7 +13,7 @@ from PIL import Image
 from .labels import DOMAINS, encode, render_view
 from .scene import make_building, make_cameras, stream
 
-RENDERER_VERSION = 1  # part of a folder's identity: raise it whenever a pixel changes
+RENDERER_VERSION = 3  # part of a folder's identity: raise it whenever a pixel changes
 CHUNK = 16  # views a job renders
 
 
@@ -49,7 +49,7 @@ def _save(array, path):
 
 
 def _render_chunk(root, name, index, first, last, count, size, seed, heterogeneity):
-    """Render views first..last of one building where a file is missing; (name, written, skipped)."""
+    """Render views first..last of a building, where files are missing: written, skipped."""
     written = 0
     scene, cameras = _building(seed, index, heterogeneity, count)
     for point, view, camera in cameras[first:last]:
@@ -59,7 +59,7 @@ def _render_chunk(root, name, index, first, last, count, size, seed, heterogenei
         for domain, array in encode(render_view(scene, camera, size)).items():
             _save(array, paths[domain])
         written += 1
-    return name, written, last - first - written
+    return written, last - first - written
 
 
 def _claim(root, parameters):
@@ -120,7 +120,7 @@ def render_rooms(
 
     done = Counter()
     bar = _bar(sum(counts), progress)
-    for _, written, skipped in _results(jobs, workers or os.cpu_count() or 1):
+    for written, skipped in _results(jobs, workers or os.cpu_count() or 1):
         done.update(written=written, skipped=skipped)
         bar.update(written + skipped)
     bar.close()

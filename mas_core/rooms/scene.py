@@ -7,14 +7,15 @@ doorways; outer walls have windows, through which the sky is seen (no depth).
 import hashlib
 import math
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
 from . import furniture as f
 from .furniture import BRICKS, NOISE, PLAIN, PLANKS, STRIPES, TILES, Kit, hsv
-from .shapes import BOX, IDENTITY, QUADRIC, Prim, sincos, turn, unrotate
+from .shapes import BOX, IDENTITY, QUADRIC, Prim, cylinder, sincos, unrotate
 
+VAULTED = 0.35  # styles above this have vaulted ceilings
 WALL = 0.06  # half a wall's thickness: every room builds its own side
 SIDES = (  # direction into the room, and the yaw that turns a piece's back to the wall
     ((0, 1), 3.141592654), ((-1, 0), 4.71238898), ((0, -1), 0.0), ((1, 0), 1.570796327),
@@ -62,8 +63,18 @@ class Scene:
     rooms: list
     materials: list
     sky: tuple
-    seed: int
-    index: int
+    seed: int = 0
+    index: int = 0
+
+    @cached_property
+    def prims(self):
+        """All primitives, group after group."""
+        return [p for g in self.groups for p in g.prims]
+
+    @cached_property
+    def corners(self):
+        """World corners of every primitive's box, (prims, 8, 3)."""
+        return np.array([box_corners(p) for p in self.prims])
 
 
 @dataclass(frozen=True)
@@ -115,8 +126,9 @@ def draw_style(rng):
         "vault": u(0, 1),
         "cove": u(0, 1),
         "columns": u(0, 1),
+        "corner": u(0, 1),
         "clutter": u(0.4, 1.0),
-        "living": u(0.1, 1), "kitchen": u(0.1, 1), "bedroom": u(0.1, 1), "bath": u(0.1, 0.8),
+        "living": u(0.1, 1.6), "kitchen": u(0.1, 1), "bedroom": u(0.1, 1.3), "bath": u(0.1, 0.8),
         "dining": u(0.1, 0.8), "study": u(0.1, 0.8),
     }  # fmt: skip
 
@@ -223,19 +235,24 @@ def _shell(room, top, kit, rng):
     t = WALL
     _slab(prims, (x0 - t, y0 - t, -0.1), (x1 + t, y1 + t, 0.0), floor)
     short = min(x1 - x0, y1 - y0)
-    if s["vault"] > 0.55:
+    if s["vault"] > VAULTED:  # one barrel, or several side by side
         along = 0 if x1 - x0 > y1 - y0 else 1
-        half, rise = short / 2, min(0.5 * short, top - room.height - 0.05)
-        reach = (x1 - x0, y1 - y0)[along] / 2
+        lo_edge, short = (y0, x0)[along], (y1 - y0, x1 - x0)[along]
+        number = 1 if s["vault"] > 0.85 else max(2, round(short / 1.7))
+        half = short / number / 2
+        rise, reach = min(half, top - room.height - 0.05), (x1 - x0, y1 - y0)[along] / 2
         quad = [0.0, 0.0, 1 / (rise * rise), 0.0, -1.0]
         quad[1 - along] = 1 / (half * half)
         lo, hi = [-half * 1.001] * 3, [half * 1.001, half * 1.001, rise * 1.001]
         lo[along], hi[along], lo[2] = -reach - t, reach + t, -0.01
-        center = ((x0 + x1) / 2, (y0 + y1) / 2, room.height)
-        prims.append(Prim(QUADRIC, center, tuple(lo), tuple(hi), f.BACKGROUND, white, IDENTITY,
-                          0.0, tuple(quad)))  # fmt: skip
+        for i in range(number):
+            center = [(x0 + x1) / 2, (y0 + y1) / 2, room.height]
+            center[1 - along] = lo_edge + (2 * i + 1) * half
+            prims.append(Prim(QUADRIC, tuple(center), tuple(lo), tuple(hi), f.BACKGROUND, white,
+                              IDENTITY, 0.0, tuple(quad)))  # fmt: skip
     else:
         _slab(prims, (x0 - t, y0 - t, room.height), (x1 + t, y1 + t, room.height + 0.1), white)
+    _round_corners(room, top, wall, prims)
     for side in range(4):
         lengthwise = side % 2  # 0: along x, 1: along y
         a0, a1 = (x0 - t, x1 + t) if lengthwise == 0 else (y0 - t, y1 + t)
@@ -253,28 +270,29 @@ def _shell(room, top, kit, rng):
         for u0, u1, z0, z1 in sorted(room.openings[side]):
             piece(at, u0, 0, top, 0, t, wall)
             piece(u0 - 0.01, u1 + 0.01, z1, top, 0, t, wall)
-            frame = 0.07
+            frame, lip = 0.07, 0.008  # the frame stands a little proud of the reveal
             for v0, v1, w0, w1 in (
-                (u0 - frame, u0, z0, z1), (u1, u1 + frame, z0, z1),
-                (u0 - frame, u1 + frame, z1, z1 + frame),
+                (u0 - frame, u0 + lip, z0, z1), (u1 - lip, u1 + frame, z0, z1),
+                (u0 - frame, u1 + frame, z1 - lip, z1 + frame),
             ):  # fmt: skip
                 piece(v0, v1, w0, w1, -0.025, t, trim)
             if z0 > 0:
                 piece(u0 - 0.01, u1 + 0.01, 0, z0, 0, t, wall)
-                piece(u0 - frame, u1 + frame, z0 - frame, z0, -0.1, t, trim)
+                piece(u0 - frame, u1 + frame, z0 - frame, z0 + lip, -0.1, t, trim)
                 mid = (u0 + u1) / 2
                 piece(mid - 0.03, mid + 0.03, z0, z1, 0.01, t, trim)
-                center = [mid, line, (z0 + z1) / 2] if lengthwise == 0 else [line, mid, (z0 + z1) / 2]
-                room.windows.append((tuple(center), SIDES[side][0], (u1 - u0) * (z1 - z0)))
-            elif rng.random() < 0.35:
+                x, y = ((mid, line), (line, mid))[lengthwise]
+                area = (u1 - u0) * (z1 - z0)
+                room.windows.append(((x, y, (z0 + z1) / 2), SIDES[side][0], area))
+            elif rng.random() < 0.2:
                 _door_leaf(room, side, (u0, u1, z1), kit)
             at = u1
         piece(at, a1, 0, top, 0, t, wall)
         edges = [a0] + [v for o in sorted(room.openings[side]) if o[2] == 0 for v in o[:2]] + [a1]
         for u0, u1 in zip(edges[::2], edges[1::2], strict=True):
             piece(u0, u1, 0, 0.1, -0.02, 0, trim)
-        if s["cove"] > 0.5 and s["vault"] <= 0.55:
-            r = 0.15 + 0.35 * (s["cove"] - 0.5)
+        if s["cove"] > 0.35 and s["vault"] <= VAULTED:
+            r = 0.2 + 0.5 * (s["cove"] - 0.35)
             quad, lo, hi = [1 / (r * r)] * 3 + [0.0, -1.0], [0.0] * 3, [0.0, 0.0, r]
             k, n = lengthwise, 1 - lengthwise
             quad[k], lo[k], hi[k] = 0.0, -(a1 - a0) / 2, (a1 - a0) / 2
@@ -283,6 +301,27 @@ def _shell(room, top, kit, rng):
             center[k], center[n] = (a0 + a1) / 2, line - sign * r
             prims.append(Prim(QUADRIC, tuple(center), tuple(lo), tuple(hi), f.BACKGROUND, white,
                               IDENTITY, 0.0, tuple(quad)))  # fmt: skip
+
+
+def _round_corners(room, top, wall, prims):
+    """Hollow quarter cylinders in the room's corners, where no opening is near."""
+    x0, y0, x1, y1 = room.rect
+    r = 0.25 + 0.5 * room.style["corner"]
+    if room.style["corner"] < 0.35:
+        return
+    for x, y, sides in ((x0, y0, (0, 3)), (x1, y0, (0, 1)), (x1, y1, (2, 1)), (x0, y1, (2, 3))):
+        at = (x, y)
+        if any(
+            o[0] - r - 0.1 < at[k] < o[1] + r + 0.1
+            for k, side in enumerate(sides)
+            for o in room.openings[side]
+        ):
+            continue
+        sx, sy = (1 if x == x0 else -1), (1 if y == y0 else -1)
+        lo = (-r * 1.001 if sx > 0 else 0.0, -r * 1.001 if sy > 0 else 0.0, 0.0)
+        hi = (0.0 if sx > 0 else r * 1.001, 0.0 if sy > 0 else r * 1.001, top)
+        center = (x + sx * r, y + sy * r, 0.0)
+        prims.append(Prim(QUADRIC, center, lo, hi, f.BACKGROUND, wall, IDENTITY, 0.0, cylinder(r)))
 
 
 def _door_leaf(room, side, opening, kit):
@@ -307,20 +346,13 @@ def _door_leaf(room, side, opening, kit):
     )  # fmt: skip
 
 
-def _bounds(prims):
-    """Bounding sphere (centre, radius) of primitives, from their boxes' corners."""
-    corners = np.array([c for p in prims for c in box_corners(p)])
-    lo, hi = corners.min(0), corners.max(0)
-    mid, half = (lo + hi) / 2, (hi - lo) / 2
-    return tuple(mid.tolist()), float(np.sqrt(half[0] * half[0] + half[1] * half[1] + half[2] * half[2]))
-
-
 def box_corners(p):
     """The eight world corners of a primitive's local box."""
     out = []
     for i in range(8):
         local = [(p.lo, p.hi)[(i >> k) & 1][k] for k in range(3)]
-        out.append(tuple(a + b for a, b in zip(unrotate(p.rotation, *local), p.center, strict=True)))
+        world = unrotate(p.rotation, *local)
+        out.append(tuple(a + b for a, b in zip(world, p.center, strict=True)))
     return out
 
 
@@ -328,15 +360,19 @@ def _free(room, rect, margin=0.04):
     x0, y0, x1, y1 = room.rect
     if rect[0] < x0 or rect[1] < y0 or rect[2] > x1 or rect[3] > y1:
         return False
+    u0, v0, u1, v1 = rect[0] - margin, rect[1] - margin, rect[2] + margin, rect[3] + margin
     return all(
-        rect[2] + margin <= a or rect[0] - margin >= c or rect[3] + margin <= b or rect[1] - margin >= d
-        for a, b, c, d in room.taken + room.clear
+        u1 <= a or u0 >= c or v1 <= b or v0 >= d for a, b, c, d in room.taken + room.clear
     )
 
 
-def _add(scene, room_index, prims, shadow=True):
-    center, radius = _bounds(prims)
-    scene.groups.append(Group(prims, room_index, center, radius, shadow))
+def group(prims, room, shadow=True):
+    """A piece of furniture standing in room number ``room``; -1 for the shell of a building."""
+    corners = np.array([c for p in prims for c in box_corners(p)])
+    lo, hi = corners.min(0), corners.max(0)
+    x, y, z = ((hi - lo) / 2).tolist()
+    center = tuple(((lo + hi) / 2).tolist())
+    return Group(prims, room, center, math.sqrt(x * x + y * y + z * z), shadow)
 
 
 def _place(scene, index, kit, build, free=False):
@@ -365,7 +401,7 @@ def _place(scene, index, kit, build, free=False):
             rect, margin = (x - hw, y - hd, x + hw, y + hd), 0.04
         if _free(room, rect, margin):
             room.taken.append(rect)
-            _add(scene, index, f.move(kit.prims, x, y, 0.0, yaw))
+            scene.groups.append(group(f.move(kit.prims, x, y, 0.0, yaw), index))
             return rect
     return None
 
@@ -388,7 +424,7 @@ def _hang(scene, index, kit, build):
         room.hung[side].append((u - w / 2, u + w / 2))
         off, z = d / 2 + 0.005, kit.u(1.35, 1.7)
         x, y = ((u, y0 + off), (x1 - off, u), (u, y1 - off), (x0 + off, u))[side]
-        _add(scene, index, f.move(kit.prims, x, y, z, SIDES[side][1]))
+        scene.groups.append(group(f.move(kit.prims, x, y, z, SIDES[side][1]), index))
         return
 
 
@@ -414,7 +450,7 @@ def _furnish(scene, index, kit):
     for build in walls[2:]:
         if kit.chance(s["clutter"]):
             _place(scene, index, kit, build)
-    for _ in range(int(area * s["clutter"] / 4)):
+    for _ in range(int(area * s["clutter"] / 1.6)):
         _place(scene, index, kit, kit.pick(walls))
     for build in middle[1:]:
         if kit.chance(0.6):
@@ -430,7 +466,7 @@ def _furnish(scene, index, kit):
         w, d = min(2.4, (x1 - x0) * 0.5), min(1.7, (y1 - y0) * 0.5)
         a, b = hsv(s["accent"], 0.5, 0.65), hsv(s["fabric"], 0.5, 0.45)
         kit.box(cx, cy, 0, w, d, 0.012, kit.mat(a, b, s["cloth"], 0.2))
-        _add(scene, index, kit.prims, shadow=False)
+        scene.groups.append(group(kit.prims, index, shadow=False))
     kit.prims = []
     drop = kit.u(0.35, 0.7)
     z = room.height - drop
@@ -441,25 +477,27 @@ def _furnish(scene, index, kit):
     else:
         kit.taper(cx, cy, z - 0.1, 0.28, 0.1, 0.24, glow, cap=-1)
     room.lamp = (cx, cy, z - 0.3)
-    _add(scene, index, kit.prims, shadow=False)
+    scene.groups.append(group(kit.prims, index, shadow=False))
 
 
 def _chairs(scene, index, kit, rect):
     """Chairs about a table, each facing it."""
     room = scene.rooms[index]
     x0, y0, x1, y1 = rect
+    x0r, y0r, x1r, y1r = room.rect
     cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
     gap = 0.12
     for x, y, yaw in (
         (cx, y1 - gap, 0.0), (x0 + gap, cy, 1.570796327),
         (cx, y0 + gap, 3.141592654), (x1 - gap, cy, 4.71238898),
     ):  # fmt: skip
-        if kit.chance(0.85) and room.rect[0] + 0.3 < x < room.rect[2] - 0.3:
-            if room.rect[1] + 0.3 < y < room.rect[3] - 0.3:
-                kit.prims = []
-                f.chair(kit)
-                _add(scene, index, f.move(kit.prims, x, y, 0.0, yaw + kit.u(-0.2, 0.2)))
-                room.taken.append((x - 0.3, y - 0.3, x + 0.3, y + 0.3))
+        within = x0r + 0.3 < x < x1r - 0.3 and y0r + 0.3 < y < y1r - 0.3
+        if kit.chance(0.85) and within:
+            kit.prims = []
+            f.chair(kit)
+            prims = f.move(kit.prims, x, y, 0.0, yaw + kit.u(-0.2, 0.2))
+            scene.groups.append(group(prims, index))
+            room.taken.append((x - 0.3, y - 0.3, x + 0.3, y + 0.3))
 
 
 def make_building(seed, index, heterogeneity=0.7):
@@ -475,8 +513,9 @@ def make_building(seed, index, heterogeneity=0.7):
     materials, rooms = {}, []
     for rect in _plan(rng):
         style = blend_style(own, rng, heterogeneity)
-        left = rng.random() * sum(style[kind] for kind in KINDS)
-        for kind in KINDS:
+        kinds = [kind for kind in KINDS if all(kind != room.kind for room in rooms)]
+        left = rng.random() * sum(style[kind] for kind in kinds)
+        for kind in kinds:
             left -= style[kind]
             if left < 0:
                 break
@@ -489,7 +528,7 @@ def make_building(seed, index, heterogeneity=0.7):
     for room in rooms:
         kit = Kit(rng, room.style, materials)
         _shell(room, top, kit, rng)
-        _add(scene, -1, kit.prims, shadow=False)
+        scene.groups.append(group(kit.prims, -1, shadow=False))
     for i, room in enumerate(rooms):
         _furnish(scene, i, Kit(rng, room.style, materials))
     scene.materials = list(materials)

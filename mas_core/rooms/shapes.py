@@ -234,7 +234,8 @@ def surface(prim, point, direction):
             k = prim.cap
             top, bottom = np.abs(p[k] - prim.hi[k]) < 1e-7, np.abs(p[k] - prim.lo[k]) < 1e-7
             flat = top | bottom
-            n = [np.where(flat, np.where(top, 1.0, -1.0) if j == k else 0.0, n[j]) for j in (0, 1, 2)]
+            out = np.where(top, 1.0, -1.0)
+            n = [np.where(flat, out if j == k else 0.0, n[j]) for j in range(3)]
             k1, k2 = np.where(flat, 0.0, k1), np.where(flat, 0.0, k2)
     n = unrotate(m, *n)
     length = np.sqrt(np.maximum(n[0] * n[0] + n[1] * n[1] + n[2] * n[2], 1e-24))
