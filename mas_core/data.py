@@ -190,6 +190,17 @@ class Prepared:
     rebuilt: tuple[str, ...]  # buildings that were decoded; the others were up to date
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What `prepare` was asked for."""
+
+    target: Path
+    root: Path
+    size: int
+    domains: tuple[str, ...]
+    skip_broken: bool
+
+
 def prepare(
     root: str | Path,
     size: int,
@@ -213,8 +224,8 @@ def prepare(
     root = Path(root)
     target = Path(out or root / "prepared") / f"{size}px"
     domains, names = _check_request(root, size, domains, buildings)
-    request = (target, root, size, domains, skip_broken)
-    todo = {name: views for name in names if (views := _views_to_do(name, *request))}
+    request = _Request(target, root, size, domains, skip_broken)
+    todo = {name: views for name in names if (views := _views_to_do(name, request))}
     if todo or not (target / "summary.json").exists():
         problems, quiet = [], not (progress and todo)
         with (
@@ -224,9 +235,9 @@ def prepare(
             tqdm(total=sum(todo.values()), desc="prepare", unit="view", disable=quiet) as bar,
         ):
             for name in todo:
-                if _views_to_do(name, *request):  # unless another process has just done it
+                if _views_to_do(name, request):  # unless another process has just done it
                     (target / "summary.json").unlink(missing_ok=True)
-                    problems += _prepare_building(name, *request, pool, bar)
+                    problems += _prepare_building(name, request, pool, bar)
             if problems:
                 raise UserError(
                     f"{len(problems)} files are broken or missing (--skip-broken leaves their "
@@ -274,10 +285,10 @@ def _check_request(
     return tuple(d for d in DOMAINS if d in domains), sorted(buildings or names)
 
 
-def _source(root: Path, building: str, size: int, domains: Sequence[str]) -> tuple[dict, str]:
-    """The building's views, and a hash of how its files were found: names, sizes, times."""
-    views = find_views(root, domains, [building]).get(building, {})
-    found: list[Any] = [FORMAT, size, domains]
+def _source(building: str, request: _Request) -> tuple[dict[View, dict[str, Path]], str]:
+    """A building's views, and a hash of how its files were found: names, sizes, times."""
+    views = find_views(request.root, request.domains, [building]).get(building, {})
+    found: list[Any] = [FORMAT, request.size, request.domains]
     for files in views.values():
         for domain, path in files.items():
             with contextlib.suppress(OSError):
@@ -286,42 +297,29 @@ def _source(root: Path, building: str, size: int, domains: Sequence[str]) -> tup
     return views, _hash(found)
 
 
-def _views_to_do(
-    building: str,
-    target: Path,
-    root: Path,
-    size: int,
-    domains: Sequence[str],
-    skip_broken: bool,
-) -> int:
+def _views_to_do(building: str, request: _Request) -> int:
     """Number of views of a building that is not prepared as its files are now; 0 if it is."""
-    views, source = _source(root, building, size, domains)
+    views, source = _source(building, request)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = _read_json(target / building / "views.json")
-        for domain in domains:
-            _open_array(target / building, domain, len(record["views"]), size)
-        if record["source"] == source and (skip_broken or not record["skipped"]):
+        record = _read_json(request.target / building / "views.json")
+        for domain in request.domains:
+            _open_array(request.target / building, domain, len(record["views"]), request.size)
+        if record["source"] == source and (request.skip_broken or not record["skipped"]):
             return 0
     return max(1, len(views))
 
 
 def _prepare_building(
-    building: str,
-    target: Path,
-    root: Path,
-    size: int,
-    domains: Sequence[str],
-    skip_broken: bool,
-    pool: ThreadPoolExecutor,
-    bar: tqdm,
+    building: str, request: _Request, pool: ThreadPoolExecutor, bar: tqdm
 ) -> list[str]:
     """Write one building; what is wrong with its files, where that keeps it from being written."""
-    views, source = _source(root, building, size, domains)
+    views, source = _source(building, request)
+    size, domains = request.size, request.domains
     folders = {d: files[d].parent for files in views.values() for d in files}
     lacking = [domain for domain in domains if domain not in folders]
     if lacking:
         return [f"building {building} has no {', '.join(lacking)}"]
-    temporary = target / f".{building}.tmp"
+    temporary, final = request.target / f".{building}.tmp", request.target / building
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     read = partial(_read_view, size=size, folders=folders)
@@ -346,7 +344,7 @@ def _prepare_building(
         for domain, file in files.items():
             file.seek(0)  # the header has room for any number of views
             _write_header(file, domain, len(kept), size)
-    if problems and not (skip_broken and kept):
+    if problems and not (request.skip_broken and kept):
         shutil.rmtree(temporary)
         return problems
     record = {
@@ -360,8 +358,8 @@ def _prepare_building(
         "views": kept,
     }
     (temporary / "views.json").write_text(json.dumps(record))
-    shutil.rmtree(target / building, ignore_errors=True)
-    os.replace(temporary, target / building)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
     return []
 
 
@@ -370,15 +368,15 @@ def _read_view(
 ) -> tuple[dict[str, bytes], list[str]]:
     """One view's arrays at the size asked for, as bytes, and what is wrong with its files."""
     (point, view), paths = item
-    images, faults, sides = {}, [], set()
+    images, faults, side = {}, [], None
     for domain, folder in folders.items():
         path = paths.get(domain, folder / f"point_{point}_view_{view}_domain_{domain}.png")
         try:
             image = read_png(path, domain)
-            sides.add(len(image))
             if len(image) < size:
                 raise ValueError(f"{len(image)} pixels wide, less than the {size} asked for")
-            if len(sides) > 1:
+            side = side or len(image)
+            if len(image) != side:
                 raise ValueError(f"{len(image)} pixels wide, unlike the view's other domains")
             images[domain] = resize(image, domain, size).tobytes()
         except FileNotFoundError:
@@ -561,36 +559,44 @@ class FederatedData:
             return self._cached_batches(split, letters, steps, flips, device)
         return self._decoded_batches(split, letters, steps, flips, device)
 
-    def _cached_batches(self, split, letters, steps, flips, device) -> Iterator[Batch]:
-        """Rows of the decoded split; a mirrored copy of it follows where there is training."""
+    def _cached_batches(
+        self,
+        split: str,
+        letters: str,
+        steps: list[np.ndarray],
+        flips: list[np.ndarray] | None,
+        device: torch.device,
+    ) -> Iterator[Batch]:
+        """Rows of the decoded split; its mirrored copy, for training, follows behind it."""
         if not steps:
             return
-        cache = self._cached_split(split, device)
+        whole = self._cached_split(split, device)
+        whole = {name: whole[name] for name in ("image", "mask", *letters)}
+        if flips is None:  # rows that follow one another
+            for rows in steps:
+                yield _batch({name: t[rows[0] : rows[-1] + 1] for name, t in whole.items()})
+            return
         total = self._starts(split)[-1]
-        tensors = [cache.image, cache.mask, *(cache.targets[letter] for letter in letters)]
-        if flips is not None:
-            chosen = np.concatenate(
-                [rows + total * flip for rows, flip in zip(steps, flips, strict=True)]
-            )
-            chosen = torch.from_numpy(chosen).to(device)
-        at = 0
-        for rows in steps:
-            if flips is None:
-                image, mask, *targets = (t[rows[0] : rows[-1] + 1] for t in tensors)
-            else:
-                step = chosen[at : at + len(rows)]
-                image, mask, *targets = (t.index_select(0, step) for t in tensors)
-                at += len(rows)
-            yield Batch(image, mask, dict(zip(letters, targets, strict=True)))
+        chosen = [rows + total * flip for rows, flip in zip(steps, flips, strict=True)]
+        index = torch.from_numpy(np.concatenate(chosen)).to(device)  # one transfer an epoch
+        for step in index.split([len(rows) for rows in steps]):
+            yield _batch({name: tensor.index_select(0, step) for name, tensor in whole.items()})
 
-    def _decoded_batches(self, split, letters, steps, flips, device) -> Iterator[Batch]:
+    def _decoded_batches(
+        self,
+        split: str,
+        letters: str,
+        steps: list[np.ndarray],
+        flips: list[np.ndarray] | None,
+        device: torch.device,
+    ) -> Iterator[Batch]:
         """Rows as encoded, decoded batch by batch."""
-        resident = self._resident(device)
-        load = lambda rows: self._raw(split, rows, domains_of(letters), resident)  # noqa: E731
-        ahead = map(load, steps) if resident is not self.arrays else _one_ahead(load, steps)
-        for step, raw in enumerate(ahead):
+        arrays = self._resident(device)
+        load = partial(self._raw, split, domains_of(letters), arrays)
+        loaded = _one_ahead(load, steps) if arrays is self.arrays else map(load, steps)
+        for step, raw in enumerate(loaded):
             flip = None if flips is None else torch.from_numpy(flips[step]).to(device)
-            yield _decode(raw, letters, device, flip)
+            yield _batch(_decode(raw, letters, device, flip))
 
     def _resident(self, device: torch.device) -> list[dict[str, Tensor]]:
         """The encoded arrays, on the device where they fit there."""
@@ -604,7 +610,7 @@ class FederatedData:
         return self._cache[key]
 
     def _raw(
-        self, split: str, rows: np.ndarray, domains: Sequence[str], arrays: list[dict[str, Tensor]]
+        self, split: str, domains: Sequence[str], arrays: list[dict[str, Tensor]], rows: np.ndarray
     ) -> dict[str, Tensor]:
         """Some sorted rows of a split, encoded: domain -> (B, size, size[, 3]), where they lie."""
         starts = self._starts(split)
@@ -623,33 +629,36 @@ class FederatedData:
         rows = sum(self._starts(split)[-1] * (2 if split == "train" else 1) for split in SPLITS)
         return int(rows) * self.size**2 * channels * 4
 
-    def _cached_split(self, split: str, device: torch.device) -> Batch:
+    def _cached_split(self, split: str, device: torch.device) -> dict[str, Tensor]:
+        """The decoded split on the device by tensor's name, a mirrored copy behind training's."""
         key = (split, str(device))
         if key not in self._cache:
-            starts = self._starts(split)
-            total = starts[-1]
-            whole: Batch | None = None
-            for flip, offset in ((False, 0), (True, total))[: 2 if split == "train" else 1]:
-                for first, last in zip(starts[:-1], starts[1:], strict=True):
-                    if first == last:
-                        continue
-                    rows = np.arange(first, last)
-                    raw = self._raw(split, rows, domains_of(self.letters), self.arrays)
-                    mirror = torch.ones(len(rows), dtype=torch.bool, device=device)
-                    part = _decode(raw, self.letters, device, mirror if flip else None)
-                    if whole is None:
-                        whole = _empty_like(part, int(total) * (2 if split == "train" else 1))
-                    _copy_into(whole, part, slice(offset + first, offset + last))
+            whole: dict[str, Tensor] = {}
+            starts, copies = self._starts(split), 2 if split == "train" else 1
+            for first, last in zip(starts[:-1], starts[1:], strict=True):
+                if first == last:
+                    continue
+                rows = np.arange(first, last)
+                raw = self._raw(split, domains_of(self.letters), self.arrays, rows)
+                for copy in range(copies):
+                    flip = torch.ones(len(rows), dtype=torch.bool, device=device) if copy else None
+                    behind = copy * starts[-1]
+                    for name, part in _decode(raw, self.letters, device, flip).items():
+                        shape = (int(starts[-1]) * copies, *part.shape[1:])
+                        into = whole[name] if name in whole else part.new_empty(shape)
+                        into[behind + first : behind + last] = part
+                        whole[name] = into
             self._cache[key] = whole
         return self._cache[key]
 
 
 def _decode(
     raw: dict[str, Tensor], letters: str, device: torch.device, flip: Tensor | None
-) -> Batch:
-    """decode_batch on the device, of arrays whose 16-bit values lie in signed integers.
+) -> dict[str, Tensor]:
+    """decode_batch on the device, of arrays whose 16-bit values lie in signed integers, by name.
 
-    The result is contiguous, so that later sums run in one order wherever a batch came from.
+    All tensors have the plain contiguous strides, so that what is computed from a batch does not
+    depend on where it came from, down to the order of sums.
     """
     moved = {}
     for domain, array in raw.items():
@@ -657,22 +666,13 @@ def _decode(
         # PyTorch cannot index every unsigned type everywhere; the bits survive as signed ones.
         moved[domain] = array.to(torch.int32) & 0xFFFF if array.dtype == torch.int16 else array
     batch = decode_batch(moved, letters, flip)
-    targets = {letter: target.contiguous() for letter, target in batch.targets.items()}
-    return Batch(batch.image.contiguous(), batch.mask.contiguous(), targets)
+    tensors = {"image": batch.image, "mask": batch.mask, **batch.targets}
+    # contiguous() leaves odd strides on sides of length one; view() does not.
+    return {name: tensor.contiguous().view(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _empty_like(part: Batch, rows: int) -> Batch:
-    def empty(tensor: Tensor) -> Tensor:
-        return tensor.new_empty((rows, *tensor.shape[1:]))
-
-    targets = {letter: empty(target) for letter, target in part.targets.items()}
-    return Batch(empty(part.image), empty(part.mask), targets)
-
-
-def _copy_into(whole: Batch, part: Batch, rows: slice) -> None:
-    whole.image[rows], whole.mask[rows] = part.image, part.mask
-    for letter, target in part.targets.items():
-        whole.targets[letter][rows] = target
+def _batch(tensors: dict[str, Tensor]) -> Batch:
+    return Batch(tensors.pop("image"), tensors.pop("mask"), tensors)
 
 
 def _one_ahead(load: Callable, steps: Iterable) -> Iterator:
