@@ -23,7 +23,7 @@ def lookahead_affinity(
 ) -> Tensor:
     """Affinity of every task onto every other, measured on one batch.
 
-    S[i, j] = 1 - L_j(X, theta_s - lr * grad_s L_i, theta_j) / L_j(X, theta_s, theta_j)  (MAS, Eq. 3)
+    S[i, j] = 1 - L_j(X, theta_s - lr grad_s L_i, theta_j) / L_j(X, theta_s, theta_j)  (MAS, Eq. 3)
 
     The look-ahead step is plain SGD: no momentum, no weight decay. BatchNorm uses the batch's
     statistics, as in training. Returns (n, n) float32, dimensionless, on the model's device. The
@@ -111,8 +111,9 @@ def lookahead(
     names = [name for name, _ in model.encoder.named_parameters()]
     parameters = list(model.encoder.parameters())
     S = torch.full((len(losses),) * 2, torch.nan, device=losses.device)
-    with frozen_statistics(model), torch.autocast(
-        "cuda", torch.bfloat16, enabled=batch.image.is_cuda
+    with (
+        frozen_statistics(model),
+        torch.autocast("cuda", torch.bfloat16, enabled=batch.image.is_cuda),
     ):
         for i in range(len(losses)):
             stepped = torch._foreach_sub(parameters, torch._foreach_mul(gradients[i], lr))
@@ -128,7 +129,7 @@ def lookahead(
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch, as in training, but leaves its running statistics alone."""
+    """BatchNorm normalises by the batch, as in training; its running statistics stay alone."""
     tracking = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in tracking:
         m.track_running_stats = False

@@ -39,7 +39,9 @@ class Config:
         for f in fields(self):
             value, hint = getattr(self, f.name), hints[f.name]
             if get_origin(hint) is Literal and value not in get_args(hint):
-                raise UserError(f"{f.name}={value!r}; allowed: {', '.join(map(str, get_args(hint)))}")
+                raise UserError(
+                    f"{f.name}={value!r}; allowed: {', '.join(map(str, get_args(hint)))}"
+                )
             low, high = f.metadata.get("range", (None, None))
             for number in value if isinstance(value, tuple) else (value,):
                 if not isinstance(number, int | float) or isinstance(number, bool):
@@ -164,7 +166,9 @@ _PAPER = Settings(
 PRESETS = {"smoke": _SMOKE, "small": _SMALL, "paper": _PAPER}
 
 
-def settings(preset: str, tasks: str = "sdnkt", overrides: dict[str, Any] | None = None) -> Settings:
+def settings(
+    preset: str, tasks: str = "sdnkt", overrides: dict[str, Any] | None = None
+) -> Settings:
     """The settings of a preset for a task set, with `overrides` such as {"fl.local_epochs": 2}.
 
     In the paper preset sets of more than five tasks use the half-size network and batches of 32,

@@ -299,9 +299,12 @@ def _source(building: str, request: _Request) -> tuple[dict[View, dict[str, Path
 
 def _views_to_do(building: str, request: _Request) -> int:
     """Number of views of a building that is not prepared as its files are now; 0 if it is."""
-    views, source = _source(building, request)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         record = _read_json(request.target / building / "views.json")
+        if set(request.domains) < set(record["domains"]):  # what is there is not thrown away
+            request = replace(request, domains=tuple(record["domains"]))
+    views, source = _source(building, request)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, NameError):
         for domain in request.domains:
             _open_array(request.target / building, domain, len(record["views"]), request.size)
         if record["source"] == source and (request.skip_broken or not record["skipped"]):
@@ -474,6 +477,17 @@ def split_indices(
     return {part: np.flatnonzero(np.isin(of_view, sides[part])) for part in SPLITS}
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Which rows of a split make which batch, and which of them are mirrored."""
+
+    split: str
+    letters: str
+    device: torch.device
+    steps: list[np.ndarray]  # sorted rows of each batch
+    flips: list[np.ndarray] | None = None  # bool, for each of them
+
+
 @dataclass
 class FederatedData:
     """The buildings as clients, opened with `open_data`. Yields decoded batches on the device.
@@ -521,8 +535,9 @@ class FederatedData:
         full = count - count % batch_size if count >= batch_size else count
         start = self._starts("train")[client]
         steps = [np.sort(order[i : i + batch_size]) for i in range(0, full, batch_size)]
-        return self._batches("train", letters, [start + rows for rows in steps],
-                             [flip[rows] for rows in steps], torch.device(device))  # fmt: skip
+        flips = [flip[rows] for rows in steps]
+        steps = [start + rows for rows in steps]
+        return self._batches(_Plan("train", letters, torch.device(device), steps, flips))
 
     def evaluation(
         self,
@@ -539,64 +554,45 @@ class FederatedData:
         starts = self._starts(split)
         first, last = (0, starts[-1]) if client is None else starts[client : client + 2]
         steps = [np.arange(i, min(i + batch_size, last)) for i in range(first, last, batch_size)]
-        return self._batches(split, letters, steps, None, torch.device(device))
+        return self._batches(_Plan(split, letters, torch.device(device), steps))
 
     def _starts(self, split: str) -> np.ndarray:
         """Rows of a split are numbered through all clients; client i starts at the i-th."""
         return np.cumsum([0, *(len(views[split]) for views in self.indices)])
 
-    def _batches(
-        self,
-        split: str,
-        letters: str,
-        steps: list[np.ndarray],
-        flips: list[np.ndarray] | None,
-        device: torch.device,
-    ) -> Iterator[Batch]:
-        if not set(letters) <= set(self.letters):
-            raise UserError(f"tasks {letters!r} of data opened for {self.letters!r}")
-        if self._decoded_bytes() <= self.cache_bytes:
-            return self._cached_batches(split, letters, steps, flips, device)
-        return self._decoded_batches(split, letters, steps, flips, device)
+    def _batches(self, plan: _Plan) -> Iterator[Batch]:
+        if not set(plan.letters) <= set(self.letters):
+            raise UserError(f"tasks {plan.letters!r} of data opened for {self.letters!r}")
+        fits = self._decoded_bytes() <= self.cache_bytes
+        return self._cached_batches(plan) if fits else self._decoded_batches(plan)
 
-    def _cached_batches(
-        self,
-        split: str,
-        letters: str,
-        steps: list[np.ndarray],
-        flips: list[np.ndarray] | None,
-        device: torch.device,
-    ) -> Iterator[Batch]:
+    def _cached_batches(self, plan: _Plan) -> Iterator[Batch]:
         """Rows of the decoded split; its mirrored copy, for training, follows behind it."""
-        if not steps:
+        if not plan.steps:
             return
-        whole = self._cached_split(split, device)
-        whole = {name: whole[name] for name in ("image", "mask", *letters)}
-        if flips is None:  # rows that follow one another
-            for rows in steps:
+        whole = self._cached_split(plan.split, plan.device)
+        whole = {name: whole[name] for name in ("image", "mask", *plan.letters)}
+        if plan.flips is None:  # rows that follow one another
+            for rows in plan.steps:
                 yield _batch({name: t[rows[0] : rows[-1] + 1] for name, t in whole.items()})
             return
-        total = self._starts(split)[-1]
-        chosen = [rows + total * flip for rows, flip in zip(steps, flips, strict=True)]
-        index = torch.from_numpy(np.concatenate(chosen)).to(device)  # one transfer an epoch
-        for step in index.split([len(rows) for rows in steps]):
+        total = self._starts(plan.split)[-1]
+        chosen = [rows + total * flip for rows, flip in zip(plan.steps, plan.flips, strict=True)]
+        index = torch.from_numpy(np.concatenate(chosen)).to(plan.device)  # one transfer an epoch
+        for step in index.split([len(rows) for rows in plan.steps]):
             yield _batch({name: tensor.index_select(0, step) for name, tensor in whole.items()})
 
-    def _decoded_batches(
-        self,
-        split: str,
-        letters: str,
-        steps: list[np.ndarray],
-        flips: list[np.ndarray] | None,
-        device: torch.device,
-    ) -> Iterator[Batch]:
+    def _decoded_batches(self, plan: _Plan) -> Iterator[Batch]:
         """Rows as encoded, decoded batch by batch."""
-        arrays = self._resident(device)
-        load = partial(self._raw, split, domains_of(letters), arrays)
-        loaded = _one_ahead(load, steps) if arrays is self.arrays else map(load, steps)
+        arrays = self._resident(plan.device)
+        load = partial(self._raw, plan.split, domains_of(plan.letters), arrays)
+        if arrays is self.arrays:
+            loaded = _one_ahead(load, plan.steps, pin=plan.device.type == "cuda")
+        else:
+            loaded = map(load, plan.steps)
         for step, raw in enumerate(loaded):
-            flip = None if flips is None else torch.from_numpy(flips[step]).to(device)
-            yield _batch(_decode(raw, letters, device, flip))
+            flip = None if plan.flips is None else torch.from_numpy(plan.flips[step])
+            yield _batch(_decode(raw, plan.letters, plan.device, flip))
 
     def _resident(self, device: torch.device) -> list[dict[str, Tensor]]:
         """The encoded arrays, on the device where they fit there."""
@@ -641,7 +637,7 @@ class FederatedData:
                 rows = np.arange(first, last)
                 raw = self._raw(split, domains_of(self.letters), self.arrays, rows)
                 for copy in range(copies):
-                    flip = torch.ones(len(rows), dtype=torch.bool, device=device) if copy else None
+                    flip = torch.ones(len(rows), dtype=torch.bool) if copy else None
                     behind = copy * starts[-1]
                     for name, part in _decode(raw, self.letters, device, flip).items():
                         shape = (int(starts[-1]) * copies, *part.shape[1:])
@@ -665,7 +661,7 @@ def _decode(
         array = array.to(device, non_blocking=True)
         # PyTorch cannot index every unsigned type everywhere; the bits survive as signed ones.
         moved[domain] = array.to(torch.int32) & 0xFFFF if array.dtype == torch.int16 else array
-    batch = decode_batch(moved, letters, flip)
+    batch = decode_batch(moved, letters, None if flip is None else flip.to(device))
     tensors = {"image": batch.image, "mask": batch.mask, **batch.targets}
     # contiguous() leaves odd strides on sides of length one; view() does not.
     return {name: tensor.contiguous().view(tensor.shape) for name, tensor in tensors.items()}
@@ -675,17 +671,19 @@ def _batch(tensors: dict[str, Tensor]) -> Batch:
     return Batch(tensors.pop("image"), tensors.pop("mask"), tensors)
 
 
-def _one_ahead(load: Callable, steps: Iterable) -> Iterator:
+def _one_ahead(
+    load: Callable[[np.ndarray], dict[str, Tensor]], steps: Iterable[np.ndarray], pin: bool
+) -> Iterator[dict[str, Tensor]]:
     """load(step) for every step, the next one loading in a thread while one is used."""
 
-    def pinned(step):
+    def loaded(step: np.ndarray) -> dict[str, Tensor]:
         raw = load(step)
-        return {d: a.pin_memory() for d, a in raw.items()} if torch.cuda.is_available() else raw
+        return {d: array.pin_memory() for d, array in raw.items()} if pin else raw
 
     with ThreadPoolExecutor(1) as pool:
         pending = None
         for step in steps:
-            following = pool.submit(pinned, step)
+            following = pool.submit(loaded, step)
             if pending is not None:
                 yield pending.result()
             pending = following
@@ -726,7 +724,7 @@ def open_data(
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{prepared / name} is damaged ({error}); delete it and run: "
+            raise UserError(f"{prepared / name} is damaged ({error}); to repair it run: "
                             + _prepare_command(folder, data.size)) from None  # fmt: skip
         arrays.append({d: torch.from_numpy(a.view(np.int16) if a.dtype.itemsize == 2 else a)
                        for d, a in opened.items()})  # fmt: skip

@@ -200,3 +200,24 @@ def with_ancestors(need: Need) -> list[Need]:
     if need.trajectory.parent is None:
         return [need]
     return [*with_ancestors(Need(need.trajectory.parent, need.trajectory.start_round)), need]
+
+
+def collect(
+    recipes: dict[Any, Generator[list[Need], None, Any]], store: Store
+) -> tuple[dict[Any, Any], list[Need]]:
+    """What recipes return from the records alone, and the needs that stop the others.
+
+    A recipe that decides by results it does not have yet names only its first needs.
+    """
+    results, missing = {}, []
+    for name, recipe in recipes.items():
+        try:
+            while True:
+                absent = [n for n in next(recipe) if not is_done(n.trajectory, n.until, store)]
+                if absent:
+                    missing += absent
+                    recipe.close()
+                    break
+        except StopIteration as end:
+            results[name] = end.value
+    return results, missing

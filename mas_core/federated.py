@@ -178,7 +178,10 @@ def train(
             with meter:
                 state, row, measured = run_round(net, state, trajectory, r, data)
             seconds, joules = meter.lap()
-            row |= {"seconds": f"{seconds:.3f}", "joules": "" if joules is None else f"{joules:.1f}"}
+            row |= {
+                "seconds": f"{seconds:.3f}",
+                "joules": "" if joules is None else f"{joules:.1f}",
+            }
             validated = (r + 1) % trajectory.fl.evaluate_every == 0 or r + 1 == R
             losses: dict[str, Any] = dict.fromkeys(net.tasks, "")
             if validated:

@@ -94,9 +94,7 @@ def local_update(
     )
 
 
-def gradnorm_step(
-    balance: Balance, losses: Tensor, at_features: list[Tensor], fl: FL
-) -> Balance:
+def gradnorm_step(balance: Balance, losses: Tensor, at_features: list[Tensor], fl: FL) -> Balance:
     """One update of the loss weights (GradNorm, Chen et al., 2018, Eq. 2 and algorithm 1).
 
     at_features holds grad_z (w_i L_i) at the shared representation z, with norms G_i. The weights
@@ -113,7 +111,7 @@ def gradnorm_step(
 
 
 def _clock(batch: Batch) -> float:
-    """Seconds, with the device's queue emptied, so that intervals hold what was asked for in them."""
+    """Seconds, with the device's queue emptied, so that an interval holds its own work."""
     if batch.image.is_cuda:
         torch.cuda.synchronize(batch.image.device)
     return time.perf_counter()

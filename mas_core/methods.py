@@ -184,7 +184,9 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
     _check_splits(study, splits)
     n = len(study.tasks)
     singles = [study.from_scratch(a) for a in study.tasks]
-    pairs = {(i, j): study.from_scratch(study.letters((i, j))) for i, j in combinations(range(n), 2)}
+    pairs = {
+        (i, j): study.from_scratch(study.letters((i, j))) for i, j in combinations(range(n), 2)
+    }
     yield [Need(t, study.rounds) for t in (*singles, *pairs.values())]
     single_losses = np.array([sum(_losses(study, t).values()) for t in singles])
     pair_losses = np.full((n, n), np.nan)

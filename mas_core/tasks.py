@@ -3,8 +3,8 @@
 Encodings and losses are those of the released code (which takes them from Standley et al., 2020):
 `decode` turns what lies on disk into what a network predicts, `loss` compares the two.
 
-Which pixels count is one mask for all tasks, the valid depth: s ignores class 0 instead;
-d and n average over valid pixels; e, r and c zero invalid pixels but average over all; k, t, a use all.
+Which pixels count is one mask for all tasks, the valid depth: s ignores class 0 instead; d and n
+average over valid pixels; e, r and c zero invalid pixels but average over all; k, t, a use all.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Task:
     flip_signs: tuple[float, ...] | None = None  # signs of the channels under a horizontal flip
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Encoded (B, H, W) or (B, H, W, 3) -> target (B, C, H, W) float32; s -> (B, H, W) int64."""
+        """Encoded (B, H, W[, 3]) -> target (B, C, H, W) float32; for s (B, H, W) int64."""
         if self.letter == "s":
             return raw.long()
         value = raw.float() if raw.dim() == 4 else raw.float().unsqueeze(-1)
@@ -143,7 +143,7 @@ def sort_tasks(letters: str) -> str:
 
 
 def domains_of(letters: str) -> tuple[str, ...]:
-    """The domains that training `letters` reads: the image, the depth (for its mask), the labels."""
+    """The domains that training `letters` reads: image, depth (for the mask), labels."""
     needed = {INPUT_DOMAIN, DEPTH_DOMAIN, *(TASKS[letter].domain for letter in letters)}
     return tuple(domain for domain in DOMAINS if domain in needed)
 

@@ -1,0 +1,272 @@
+"""The command line: mas demo | run | plan | reproduce | status | render | prepare."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 success, 1 something failed, 2 bad input, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    from .config import UserError
+
+    try:
+        return arguments.function(arguments) or 0
+    except UserError as error:
+        print(f"mas: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mas: interrupted; what was done is kept, the same command continues",
+              file=sys.stderr)  # fmt: skip
+        return 130
+    except RuntimeError as error:  # a diverged or failed trajectory, a lost worker
+        print(f"mas: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mas", description="Merge, measure, split, continue: federated tasks trained together."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="render, merge, measure, split, continue: a first look")
+    _records(demo)
+    _compute(demo, workers=None)
+    demo.set_defaults(function=_demo)
+
+    run = commands.add_parser("run", help="train one method and print its result")
+    run.add_argument("method", help="one-by-one, all-in-one, fedprox, gradnorm, hoa, tag or mas")
+    run.add_argument("--tasks", default="sdnkt", help="task letters out of sdnkterca")
+    run.add_argument("--splits", type=int, default=2, metavar="X", help="groups (mas, tag, hoa)")
+    run.add_argument("--seed", type=int, default=0)
+    _settings(run)
+    _records(run)
+    _compute(run)
+    run.set_defaults(function=_run)
+
+    plan = commands.add_parser("plan", help="what notebooks would train, what is done, the cost")
+    reproduce = commands.add_parser("reproduce", help="train what is missing, run the notebooks")
+    for command in (plan, reproduce):
+        command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="default: all")
+        command.add_argument("--seeds", type=int, nargs="+", default=[0])
+        _settings(command)
+        _records(command)
+        _compute(command)
+    reproduce.add_argument("--figures", type=Path, default=Path("figures"))
+    reproduce.add_argument("--timeout", type=int, default=3600, help="seconds a notebook may take")
+    reproduce.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE",
+                           help="a parameter of the notebooks")  # fmt: skip
+    scale = reproduce.add_mutually_exclusive_group()
+    scale.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler, or its scheduler file")
+    scale.add_argument("--slurm", metavar="PARTITION", help="start Slurm workers, one GPU each")
+    reproduce.add_argument("--dry-run", action="store_true", help="print the Slurm job script")
+    plan.set_defaults(function=_plan)
+    reproduce.set_defaults(function=_reproduce)
+
+    status = commands.add_parser("status", help="what the records hold")
+    status.add_argument("--preset", default=None, help="default: every preset there is")
+    _records(status)
+    status.set_defaults(function=_status)
+
+    render = commands.add_parser("render", help="write procedural buildings in Taskonomy's layout")
+    render.add_argument("--out", type=Path, required=True)
+    render.add_argument("--buildings", type=int, default=32)
+    render.add_argument("--views", type=int, default=96, help="mean number of views a building")
+    render.add_argument("--size", type=int, default=64, help="pixels")
+    render.add_argument("--seed", type=int, default=0)
+    render.add_argument("--heterogeneity", type=float, default=0.7,
+                        help="0: one style for all buildings, 1: each its own")  # fmt: skip
+    render.add_argument("--workers", type=int, default=None, help="processes; default: all cores")
+    render.set_defaults(function=_render)
+
+    prepare = commands.add_parser("prepare", help="verify and decode a Taskonomy folder")
+    prepare.add_argument("--root", type=Path, required=True)
+    prepare.add_argument("--size", type=int, default=256, help="pixels")
+    prepare.add_argument("--out", type=Path, default=None, help="default: ROOT/prepared")
+    prepare.add_argument("--domains", nargs="+", default=None, help="default: all nine")
+    prepare.add_argument("--skip-broken", action="store_true",
+                         help="leave out views with a broken or missing file")  # fmt: skip
+    prepare.add_argument("--workers", type=int, default=None, help="processes; default: all cores")
+    prepare.set_defaults(function=_prepare)
+    return parser
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="small", help="smoke, small or paper")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="for example fl.local_epochs=2")  # fmt: skip
+
+
+def _records(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--data", type=Path, default=None, help="rooms or a prepared Taskonomy")
+
+
+def _compute(parser: argparse.ArgumentParser, workers: int | None = 1) -> None:
+    parser.add_argument("--workers", type=int, default=workers, help="processes on this machine")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if any")
+
+
+def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .config import UserError
+
+    pairs = [text.partition("=") for text in arguments.overrides]
+    for key, equals, _ in pairs:
+        if not equals:
+            raise UserError(f"--set {key}: write KEY=VALUE, for example fl.local_epochs=2")
+    return {key: value for key, _, value in pairs}
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from .demo import demo
+
+    demo(arguments.results, arguments.data, arguments.workers, arguments.device)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from .config import UserError, settings
+    from .demo import method_table
+    from .methods import METHODS, TAKES_SPLITS, Study
+    from .store import open_store
+
+    if arguments.method not in METHODS:
+        raise UserError(f"unknown method {arguments.method!r}; allowed: {', '.join(METHODS)}")
+    chosen = settings(arguments.preset, arguments.tasks, _overrides(arguments))
+    store = open_store(arguments.preset, arguments.results)
+    study = Study(arguments.tasks, chosen, arguments.seed, store)
+    extra = {"splits": arguments.splits} if arguments.method in TAKES_SPLITS else {}
+    recipes = {arguments.method: METHODS[arguments.method](study, **extra)}
+    results = train_recipes(recipes, study, arguments.data, arguments.workers, arguments.device)
+    print(method_table(results.values()))
+
+
+def train_recipes(
+    recipes: dict[Any, Any], study: Any, data: Path | None, workers: int, device: str | None
+) -> dict[Any, Any]:
+    """Drive recipes with a progress bar; on several workers where asked for."""
+    from . import engine
+    from .config import UserError
+    from .data import ensure_rooms
+
+    if workers < 1:
+        raise UserError(f"--workers {workers}; allowed: 1 and more")
+    device = engine.choose_device(device)
+    folder = ensure_rooms(study.settings.data, data)
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(progress_bar(study.store))
+        executor, threads = None, None
+        if workers > 1:
+            executor = stack.enter_context(engine.local_workers(workers))
+            threads = engine.threads_per_worker(workers)
+        return engine.run(recipes, study.store, folder, device, executor, threads, workers, shown)
+
+
+@contextlib.contextmanager
+def progress_bar(store: Any) -> Iterator[Any]:
+    """A bar over rounds that a thread brings up to date from the records on disk."""
+    from tqdm import tqdm
+
+    from .engine import Progress
+
+    progress, stop, base = Progress(), threading.Event(), {}
+    with tqdm(unit="round", desc="train", dynamic_ncols=True) as bar:
+
+        def show() -> None:
+            needs = {n.trajectory.id: n for n in [*progress.waiting, *progress.running]}
+            for id_, need in needs.items():
+                if id_ not in base:
+                    base[id_] = (need, store.rounds_done(need.trajectory))
+                elif need.until > base[id_][0].until:
+                    base[id_] = (need, base[id_][1])
+            done = {
+                id_: max(0, min(store.rounds_done(n.trajectory), n.until) - first)
+                for id_, (n, first) in base.items()
+            }
+            bar.total = sum(max(0, n.until - first) for n, first in base.values())
+            bar.n = sum(done.values())
+            now = [
+                f"{n.trajectory.tasks} {store.rounds_done(n.trajectory)}/{n.until}"
+                for n in progress.running
+            ]
+            bar.set_postfix_str(f"{progress.done} done, {', '.join(now) or 'nothing to train'}")
+
+        def watch() -> None:
+            while not stop.wait(1.0):
+                show()
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield progress
+        finally:
+            stop.set()
+            thread.join()
+            show()
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from .reproduce import plan
+
+    print(plan(arguments.notebooks, arguments.preset, arguments.seeds, _overrides(arguments),
+               arguments.results))  # fmt: skip
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from .reproduce import reproduce
+
+    return reproduce(arguments, _overrides(arguments))
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from .config import PRESETS, UserError
+    from .store import open_store
+
+    if arguments.preset is not None and arguments.preset not in PRESETS:
+        raise UserError(f"unknown preset {arguments.preset!r}; allowed: {', '.join(PRESETS)}")
+    for preset in [arguments.preset] if arguments.preset else PRESETS:
+        store = open_store(preset, arguments.results)
+        ids = store.ids()
+        complete = sum(store.result(i) is not None for i in ids)
+        print(f"{preset}: {len(ids)} trajectories in {store.root}, {complete} complete")
+        for id_ in ids:
+            trajectory = store.trajectory(id_)
+            done, R = store.rounds_done(trajectory), trajectory.fl.rounds
+            start = f" from {trajectory.parent.id} at {trajectory.start_round}" if (
+                trajectory.parent) else ""  # fmt: skip
+            result = store.result(id_)
+            total = f"  total test loss {sum(result['test_best'].values()):.3f}" if result else ""
+            print(f"  {id_:30} round {done:4}/{R}{total}{start}")
+
+
+def _render(arguments: argparse.Namespace) -> None:
+    from .config import UserError
+    from .rooms import render_rooms
+
+    try:
+        summary = render_rooms(
+            arguments.out, arguments.buildings, arguments.views, arguments.size, arguments.seed,
+            arguments.heterogeneity, arguments.workers,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    print(f"{summary['written']} views written, {summary['skipped']} were there: {arguments.out}")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from .data import prepare
+    from .tasks import DOMAINS
+
+    print(prepare(arguments.root, arguments.size, tuple(arguments.domains or DOMAINS),
+                  skip_broken=arguments.skip_broken, workers=arguments.workers,
+                  out=arguments.out))  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

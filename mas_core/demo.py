@@ -1,0 +1,93 @@
+"""`mas demo`: the whole method at the smoke preset, printed and drawn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from .config import settings
+from .data import ensure_rooms, open_data
+from .engine import choose_device
+from .evaluate import constant_losses
+from .methods import MethodResult, Study, all_in_one, merge_and_split, one_by_one
+from .store import open_store
+from .tasks import TASKS
+
+
+def demo(results: Path, data: Path | None, workers: int | None, device: str | None) -> None:
+    """One-by-one, all-in-one and MAS-2 on sdnkt; prints a table, writes RESULTS/smoke/demo.png."""
+    from .__main__ import train_recipes
+
+    study = Study("sdnkt", settings("smoke", "sdnkt"), 0, open_store("smoke", results))
+    recipes = {
+        "one-by-one": one_by_one(study),
+        "all-in-one": all_in_one(study),
+        "MAS-2": merge_and_split(study, 2),
+    }
+    workers = workers or min(2, os.cpu_count() or 1)
+    found = train_recipes(recipes, study, data, workers, device)
+    folder = ensure_rooms(study.settings.data, data)
+    opened = open_data(study.settings.data, folder, study.tasks)
+    constant = constant_losses(opened, study.tasks, torch.device(choose_device(device)))
+    print(method_table(found.values(), constant))
+    print(f"\nMAS split {study.tasks} into {' and '.join(found['MAS-2'].groups)} by the affinities "
+          f"of the first {study.settings.mas.affinity_rounds} rounds, and continued both from round "
+          f"{study.settings.mas.merge_rounds}.")  # fmt: skip
+    print("Smoke numbers prove the machinery, not the paper: procedural rooms, 32 px, "
+          f"{study.rounds} rounds. For the paper's comparison: mas reproduce --preset small")  # fmt: skip
+    path = study.store.root / "demo.png"
+    draw(found, constant, path)
+    print(f"Picture: {path}")
+
+
+def method_table(results: Iterable[MethodResult], constant: dict[str, float] | None = None) -> str:
+    """Test losses and cost of methods as text.
+
+    Losses are those of the model with the least validation loss, dimensionless. With `constant`,
+    the best constant predictor's losses, each task's skill 1 - loss / constant stands behind it.
+    """
+    rows = []
+    for r in results:
+        losses = {a: f"{x:.3f}" for a, x in r.losses.items()}
+        if constant:
+            losses = {a: f"{x:.3f} ({1 - x / constant[a]:+.2f})" for a, x in r.losses.items()}
+        rows.append(
+            {"method": r.method, "total loss": f"{r.total:.3f}"}
+            | losses
+            | {"training s": f"{r.cost.seconds:.0f}", "images": r.cost.samples,
+               "groups": " ".join(r.groups)}
+        )  # fmt: skip
+    if constant:
+        rows.append({"method": "constant", "total loss": f"{sum(constant.values()):.3f}"}
+                    | {a: f"{x:.3f}" for a, x in constant.items()})  # fmt: skip
+    note = "test loss a task" + (
+        ", skill against the best constant in brackets" if constant else ""
+    )
+    return pd.DataFrame(rows).fillna("").to_string(index=False) + f"\n({note})"
+
+
+def draw(results: dict[str, MethodResult], constant: dict[str, float], path: Path) -> None:
+    """Skill of every task under every method, and total loss against training time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for i, (name, r) in enumerate(results.items()):
+        skill = [1 - r.losses[a] / constant[a] for a in r.tasks]
+        at = [j + 0.27 * (i - 1) for j in range(len(skill))]
+        left.bar(at, skill, 0.25, label=name, color=f"C{i}")
+        right.scatter(r.cost.seconds, r.total, color=f"C{i}", s=60)
+        right.annotate(name, (r.cost.seconds, r.total), xytext=(6, 4), textcoords="offset points")
+    left.set_xticks(range(len(r.tasks)), [TASKS[a].name for a in r.tasks], rotation=15, fontsize=8)
+    left.axhline(0, color="0.4", linewidth=0.8)
+    left.set_ylabel("skill: 1 - loss / constant's loss")
+    left.legend(frameon=False)
+    right.set_xlabel("training time (s, this machine)")
+    right.set_ylabel("total test loss")
+    right.margins(x=0.3, y=0.2)
+    figure.suptitle("mas demo: smoke preset, procedural rooms", fontsize=10)
+    figure.savefig(path, dpi=150)

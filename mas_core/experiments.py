@@ -1,0 +1,219 @@
+"""What each notebook asks for: one function per figure or table, from a preset to recipes.
+
+`mas plan`, `mas reproduce` and the notebooks share these, so that a trajectory is trained once.
+A recipe's key is (method, task set, seed), the method as `MethodResult.method` names it, with the
+varied setting behind it where there is one: ("MAS-2 R0=30", "sdnkt", 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from . import methods
+from .config import settings
+from .engine import collect, run
+from .methods import Need, Recipe, Study
+from .store import Store
+from .tasks import TASK_SETS
+
+Key = tuple[str, str, int]
+Recipes = dict[Key, Recipe]
+Experiment = Callable[[Store, int, dict[str, Any]], Recipes]  # store, seed, overrides
+
+LOCAL_EPOCHS = (1, 2, 5, 10)
+CLIENTS_PER_ROUND = (2, 4, 6, 8, 16)
+
+
+def study(store: Store, tasks: str, seed: int, overrides: dict[str, Any]) -> Study:
+    return Study(tasks, settings(store.preset, tasks, overrides), seed, store)
+
+
+def figure_5(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+    """Every method on sdnkt (Fig. 5, supplement Table 3)."""
+    return _comparison(study(store, "sdnkt", seed, overrides), range(2, 5), with_hoa=True)
+
+
+def figure_6(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+    """Every method on erckt and sdnkterca (Fig. 6, supplement Tables 4 and 5)."""
+    five, nine = (study(store, tasks, seed, overrides) for tasks in ("erckt", "sdnkterca"))
+    return _comparison(five, range(2, 5), with_hoa=True) | _comparison(
+        nine, range(2, 6), with_hoa=False
+    )
+
+
+def figure_1(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+    """Loss against time on the nine tasks (Fig. 1)."""
+    return _comparison(study(store, "sdnkterca", seed, overrides), range(2, 6), with_hoa=False)
+
+
+def table_1(
+    store: Store, seed: int, overrides: dict[str, Any], task_sets: Iterable[str] = TASK_SETS[:2]
+) -> Recipes:
+    """MAS against all partitions, from scratch and initialised (Table 1, supplement Table 2)."""
+    recipes: Recipes = {}
+    for tasks in task_sets:
+        s = study(store, tasks, seed, overrides)
+        for x in (2, 3):
+            recipes[f"MAS-{x}", tasks, seed] = methods.merge_and_split(s, x)
+            for start in ("scratch", "initialised"):
+                recipes[f"{start}-{x}", tasks, seed] = methods.every_partition(
+                    s, x, start == "initialised"
+                )
+    return recipes
+
+
+def figure_7(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+    """Affinities over the rounds of all-in-one training, all nine tasks (Fig. 7)."""
+    return _all_in_one(store, ("sdnkterca",), seed, overrides)
+
+
+def figure_8(
+    store: Store, seed: int, overrides: dict[str, Any], task_sets: Iterable[str] = TASK_SETS
+) -> Recipes:
+    """MAS-2 for R0 = 10 % to 90 % of the rounds (Fig. 8)."""
+    recipes: Recipes = {}
+    for tasks in task_sets:
+        rounds = study(store, tasks, seed, overrides).rounds
+        for tenth in range(1, 10):
+            R0 = max(1, rounds * tenth // 10)
+            s = study(store, tasks, seed, overrides | {"mas.merge_rounds": R0})
+            recipes[f"MAS-2 R0={R0}", tasks, seed] = methods.merge_and_split(s, 2)
+    return recipes
+
+
+def figure_9(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+    """Every client alone against all-in-one and MAS-2, sdnkt (Fig. 9)."""
+    s = study(store, "sdnkt", seed, overrides)
+    recipes: Recipes = {
+        (f"standalone-{k}", s.tasks, seed): methods.standalone(s, k)
+        for k in range(s.settings.data.buildings)
+    }
+    recipes["all-in-one", s.tasks, seed] = methods.all_in_one(s)
+    recipes["MAS-2", s.tasks, seed] = methods.merge_and_split(s, 2)
+    return recipes
+
+
+def figure_10(
+    store: Store, seed: int, overrides: dict[str, Any], task_sets: Iterable[str] = TASK_SETS
+) -> Recipes:
+    """All-in-one for several E and K (Fig. 10, supplement Fig. 5)."""
+    recipes: Recipes = {}
+    for tasks in task_sets:
+        for E in LOCAL_EPOCHS:
+            s = study(store, tasks, seed, overrides | {"fl.local_epochs": E})
+            recipes[f"all-in-one E={E}", tasks, seed] = methods.all_in_one(s)
+        for K in CLIENTS_PER_ROUND:
+            buildings = study(store, tasks, seed, overrides).settings.data.buildings
+            if K <= buildings:
+                s = study(store, tasks, seed, overrides | {"fl.clients_per_round": K})
+                recipes[f"all-in-one K={K}", tasks, seed] = methods.all_in_one(s)
+    return recipes
+
+
+def table_2(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+    """All-in-one and MAS-2 with twice as many clients a round, sdnkt (Table 2: K = 8)."""
+    usual = study(store, "sdnkt", seed, overrides)
+    K = usual.settings.fl.clients_per_round
+    recipes: Recipes = {}
+    for k in (K, 2 * K):
+        s = study(store, "sdnkt", seed, overrides | {"fl.clients_per_round": k})
+        recipes[f"all-in-one K={k}", s.tasks, seed] = methods.all_in_one(s)
+        recipes[f"MAS-2 K={k}", s.tasks, seed] = methods.merge_and_split(s, 2)
+    return recipes
+
+
+def supplement_tables_1_2(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+    """The splits of TAG and MAS, and the optimal and worst ones (supplement Tables 1 and 2)."""
+    recipes = table_1(store, seed, overrides)
+    for tasks in TASK_SETS:
+        s = study(store, tasks, seed, overrides)
+        for x in range(2, 5):
+            recipes[f"TAG-{x}", s.tasks, seed] = methods.tag(s, x)
+        for x in range(2, 6):
+            recipes[f"MAS-{x}", s.tasks, seed] = methods.merge_and_split(s, x)
+    return recipes
+
+
+def supplement_figure_3(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+    """Validation loss over the rounds of all-in-one training (supplement Fig. 3)."""
+    return _all_in_one(store, TASK_SETS, seed, overrides)
+
+
+def ablation(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+    """Learning-rate schedule after the split, and scale of the encoder's gradient, on sdnkt."""
+    recipes: Recipes = {}
+    for scale in ("none", "sqrt"):
+        changed = overrides | {"fl.encoder_grad_scale": scale}
+        s = study(store, "sdnkt", seed, changed)
+        recipes[f"all-in-one {scale}", s.tasks, seed] = methods.all_in_one(s)
+        for schedule in ("continue", "restart"):
+            s = study(store, "sdnkt", seed, changed | {"mas.lr_schedule": schedule})
+            recipes[f"MAS-2 {scale} {schedule}", s.tasks, seed] = methods.merge_and_split(s, 2)
+    return recipes
+
+
+def _comparison(s: Study, splits: range, with_hoa: bool) -> Recipes:
+    recipes: Recipes = {
+        ("one-by-one", s.tasks, s.seed): methods.one_by_one(s),
+        ("all-in-one", s.tasks, s.seed): methods.all_in_one(s),
+        ("fedprox", s.tasks, s.seed): methods.fedprox(s),
+        ("gradnorm", s.tasks, s.seed): methods.gradnorm(s),
+    }
+    for x in range(2, 5):
+        recipes[f"TAG-{x}", s.tasks, s.seed] = methods.tag(s, x)
+        if with_hoa:
+            recipes[f"HOA-{x}", s.tasks, s.seed] = methods.hoa(s, x)
+    for x in splits:
+        recipes[f"MAS-{x}", s.tasks, s.seed] = methods.merge_and_split(s, x)
+    return recipes
+
+
+def _all_in_one(
+    store: Store, task_sets: Iterable[str], seed: int, overrides: dict[str, Any]
+) -> Recipes:
+    return {
+        ("all-in-one", tasks, seed): methods.all_in_one(study(store, tasks, seed, overrides))
+        for tasks in task_sets
+    }
+
+
+class Missing(LookupError):
+    """Some trajectories are not on record; the message is the command that trains them."""
+
+
+def ask(
+    experiment: Experiment,
+    store: Store,
+    seeds: Iterable[int] = (0,),
+    overrides: dict[str, Any] | None = None,
+    train_missing: bool = False,
+    data_folder: str | None = None,
+    partial: bool = False,
+    command: str | None = None,
+) -> dict[Key, Any]:
+    """What every recipe of an experiment returned, by key, for all seeds.
+
+    Trains what is missing only with `train_missing`. Otherwise raises Missing, which names the
+    command, or with `partial` leaves out the recipes whose trajectories are not all on record.
+    """
+    recipes: Recipes = {}
+    for seed in seeds:
+        recipes |= experiment(store, seed, overrides or {})
+    if train_missing:
+        from .data import ensure_rooms
+
+        chosen = settings(store.preset, overrides=overrides)
+        return run(recipes, store, ensure_rooms(chosen.data, data_folder, progress=False))
+    results, missing = collect(recipes, store)
+    if missing and not partial:
+        tell = command or f"mas reproduce {experiment.__name__} --preset {store.preset}"
+        count = len({need.trajectory.id for need in missing})
+        raise Missing(f"at least {count} trajectories are not on record; train them with: {tell}")
+    return results
+
+
+def needs(recipes: Recipes, store: Store) -> Iterator[Need]:
+    """What recipes still need before they can go on, in the order they ask."""
+    _, missing = collect(recipes, store)
+    yield from missing
