@@ -135,6 +135,19 @@ def test_encodings_of_known_values():
     assert (sky["depth_zbuffer"] == 65535).all() and not sky["segment_semantic"].any()
 
 
+@pytest.mark.parametrize("channel, weight", [(0, 77), (1, 150), (2, 29), (slice(None), 256)])
+def test_texture_edges_measure_the_slope_of_luma(channel, weight):
+    labels = render_view(toy(slab(3.0)), AHEAD, 64)
+    labels["rgb"] = np.zeros((64, 64, 3), np.uint8)
+    labels["rgb"][..., channel] = (3 * np.arange(64))[None, :].repeat(64, 0).reshape(
+        (64, 64) + ((1,) if isinstance(channel, slice) else ())
+    )
+    got = encode(labels)
+    sobel = 3 * weight / 256 * 8  # a slope per pixel, times the Sobel kernel's 1 2 1 and span 2
+    assert (got["edge_texture"][:, 2:-2] == np.rint(sobel * 10)).all()
+    assert not got["keypoints2d"].any()  # a ramp has no corner
+
+
 def test_occlusion_edges_answer_depth_steps_and_not_texture():
     painted = encode(render_view(toy(slab(4.0), material=CHECKS), AHEAD, 64))
     assert painted["edge_texture"].mean() > 500

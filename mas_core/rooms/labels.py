@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from .furniture import BRICKS, NONE, PLANKS, STRIPES, TILES
+from .furniture import NONE
+from .light import illuminate, pattern_weight
 from .shapes import intersect, rotate, surface
 
 DOMAINS = (
@@ -14,6 +15,8 @@ INVALID_DEPTH = 65535
 MAX_DEPTH_M = 15.9  # 2^13 / 512, less a margin
 CURVATURE_FLAT = (0.5175, 0.4987)  # the released normalisation's means
 CURVATURE_GAIN = (0.36, 0.2)
+TEXTURE_GAIN, KEYPOINT_GAIN = 10.0, 2.7
+OCCLUSION_BASE, OCCLUSION_GAIN, OCCLUSION_TAIL = 5.0, 1000.0, 120.0
 CURVATURE_RADIUS_M = 0.5  # radius at which the response has reached 1/sqrt(2) of its limit
 
 
@@ -74,64 +77,6 @@ def cast(scene, camera, size):
     return depth, hit, d
 
 
-def _hash(ix, iy, salt):
-    """Lattice noise in 0..1 from integers."""
-    h = (ix * 73856093) ^ (iy * 19349663) ^ (salt * 83492791)
-    h = (h ^ (h >> 13)) * 1274126177
-    return ((h ^ (h >> 16)) & 1023) * (1.0 / 1023)
-
-
-def _pattern(kind, u, v, scale, pixel):
-    """Weight of a material's second colour; fades to its mean where pixels outgrow the pattern."""
-    a, b = u / scale, v / scale
-    if kind == PLANKS:
-        b = b * 0.25
-    if kind == BRICKS:
-        a, b = a * 0.5, b * 1.5
-        a = a + 0.5 * (np.floor(b) - 2 * np.floor(b / 2))
-    ia, ib = np.floor(a), np.floor(b)
-    fa, fb = a - ia, b - ib
-    ia, ib = ia.astype(np.int64), ib.astype(np.int64)
-    if kind == STRIPES:
-        w, mean = (fa < 0.5) * 1.0, 0.5
-    elif kind == TILES:
-        w, mean = ((ia + ib) & 1) * 0.8 + ((fa < 0.06) | (fb < 0.06)) * 0.2, 0.42
-    elif kind == PLANKS:
-        w, mean = 0.75 * _hash(ia, ib, 1) + 0.25 * (fa < 0.08), 0.4
-    elif kind == BRICKS:
-        w, mean = 0.5 * _hash(ia, ib, 2) + 0.5 * ((fa < 0.06) | (fb < 0.1)), 0.33
-    else:
-        fa, fb = fa * fa * (3 - 2 * fa), fb * fb * (3 - 2 * fb)
-        low = _hash(ia, ib, 3) * (1 - fa) + _hash(ia + 1, ib, 3) * fa
-        high = _hash(ia, ib + 1, 3) * (1 - fa) + _hash(ia + 1, ib + 1, 3) * fa
-        w, mean = low * (1 - fb) + high * fb, 0.5
-    keep = np.clip(2.0 - 3.0 * pixel / scale, 0.0, 1.0)
-    return mean + (w - mean) * keep
-
-
-def _shadow(scene, room_index, point, lamp):
-    """1 where the lamp sees a point, 0 where furniture of the room stands between."""
-    seg = [lamp[k] - point[k] for k in range(3)]
-    length2 = seg[0] * seg[0] + seg[1] * seg[1] + seg[2] * seg[2]
-    lit = np.ones(point[0].shape)
-    for g in scene.groups:
-        if g.room != room_index or not g.shadow:
-            continue
-        v = [g.center[k] - point[k] for k in range(3)]
-        s = np.clip((v[0] * seg[0] + v[1] * seg[1] + v[2] * seg[2]) / length2, 0.0, 1.0)
-        e = [v[k] - s * seg[k] for k in range(3)]
-        close = e[0] * e[0] + e[1] * e[1] + e[2] * e[2] < g.radius * g.radius
-        some = np.flatnonzero(close & (lit > 0))
-        if not some.size:
-            continue
-        o, d = [x[some] for x in point], [x[some] for x in seg]
-        dark = np.zeros(some.size, bool)
-        for prim in g.prims:
-            dark |= intersect(prim, o, d, 1e-3) < 1.0
-        lit[some[dark]] = 0.0
-    return lit
-
-
 def render_view(scene, camera, size):
     """Everything exact about one view, as a dict of (size, size[, channels]) arrays.
 
@@ -144,9 +89,7 @@ def render_view(scene, camera, size):
     curvature = np.zeros((size, size, 2))
     label = np.full((size, size), NONE, np.uint8)
     shade = np.zeros((size, size))
-    color = np.zeros((size, size, 3))
-    world = np.zeros((size, size, 3))
-    albedo = np.zeros((size, size, 3))
+    sky, world, world_normal, albedo = (np.zeros((size, size, 3)) for _ in range(4))
     glow = np.zeros((size, size))
     length = np.sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
 
@@ -160,7 +103,7 @@ def render_view(scene, camera, size):
         if i < 0:
             up = np.clip(dd[2] / length[rows, cols], 0.0, 1.0)
             for k in range(3):
-                color[rows, cols, k] = scene.sky[k] * (1.0 - 0.35 * up * (1 - 0.5 * (k == 2)))
+                sky[rows, cols, k] = scene.sky[k] * (1.0 - 0.35 * up * (1 - 0.5 * (k == 2)))
             continue
         prim, t = scene.prims[i], depth[rows, cols]
         point = [camera.position[k] + t * dd[k] for k in range(3)]
@@ -182,65 +125,20 @@ def render_view(scene, camera, size):
             u = np.where(side, local[1], local[0])
             v = np.where(top, local[1], local[2])
             pixel = t * (2 * camera.tan / size) / np.maximum(facing, 0.2)
-            w = _pattern(pattern, u, v, scale, pixel)
+            w = pattern_weight(pattern, u, v, scale, pixel)
         for k in range(3):
             c = first[k] + w * (second[k] - first[k])
             albedo[rows, cols, k] = c * c
             world[rows, cols, k] = point[k]
-            color[rows, cols, k] = n[k]
+            world_normal[rows, cols, k] = n[k]
         glow[rows, cols] = own
 
-    valid = hit >= 0
-    _light(scene, valid, world, color, albedo, glow)
+    color = sky + illuminate(scene, hit >= 0, world, world_normal, albedo, glow)
     rgb = np.rint(255.0 * np.sqrt(np.clip(color, 0.0, 1.0))).astype(np.uint8)
     return {
         "depth": depth, "normal": normal, "curvature": curvature, "label": label,
         "reshading": shade, "rgb": rgb,
     }  # fmt: skip
-
-
-def _light(scene, valid, world, color, albedo, glow):
-    """Replace the world normals that ``color`` holds at valid pixels by lit colours, in place.
-
-    The room's lamp casts shadows; windows and the ambient term do not. Corners are darker.
-    """
-    left = valid.copy()
-    for index, room in enumerate(scene.rooms):
-        x0, y0, x1, y1 = room.rect
-        inside = left & (world[..., 0] >= x0 - 0.13) & (world[..., 0] <= x1 + 0.13)
-        inside &= (world[..., 1] >= y0 - 0.13) & (world[..., 1] <= y1 + 0.13)
-        left &= ~inside
-        rows, cols = np.nonzero(inside)
-        if not rows.size:
-            continue
-        p = [world[rows, cols, k] for k in range(3)]
-        n = [color[rows, cols, k] for k in range(3)]
-        s = room.style
-        corner = 1.0
-        for distance in (p[0] - x0, x1 - p[0], p[1] - y0, y1 - p[1], p[2], room.height - p[2]):
-            x = np.maximum(distance, 0.0) * 6.0
-            corner = corner * (1.0 - 0.3 / (1.0 + x * x))
-        to = [room.lamp[k] - p[k] for k in range(3)]
-        r2 = to[0] * to[0] + to[1] * to[1] + to[2] * to[2] + 0.01
-        cos = (n[0] * to[0] + n[1] * to[1] + n[2] * to[2]) / np.sqrt(r2)
-        lamp = np.maximum(cos, 0.0) * _shadow(scene, index, p, room.lamp) * (
-            3.0 * s["lamp_power"] / (1.2 + r2)
-        )
-        day = 0.0
-        for center, way, area in room.windows:
-            v = [center[k] - p[k] for k in range(3)]
-            r2 = v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + 0.25
-            out = np.maximum(-(v[0] * way[0] + v[1] * way[1]), 0.0)
-            face = np.maximum(n[0] * v[0] + n[1] * v[1] + n[2] * v[2], 0.0)
-            day = day + s["window"] * area * out * face / (r2 * r2)
-        base = s["ambient"] * (0.8 + 0.2 * n[2]) + 0.1 * s["window"] * len(room.windows)
-        base = base * corner
-        own = glow[rows, cols]
-        for k in range(3):
-            light = base + lamp * s["lamp"][k] + day * scene.sky[k]
-            a = albedo[rows, cols, k]
-            color[rows, cols, k] = a * light * (1 - own) + a * own * 1.1
-    color[left] = 0.0
 
 
 def _spread(x, radius, times):
@@ -315,7 +213,8 @@ def encode(labels):
         y = CURVATURE_FLAT[k] + CURVATURE_GAIN[k] * x / np.sqrt(1.0 + x * x)
         curved[..., k] = np.clip(np.rint(255.0 * y), 0, 255)
 
-    luma = (77 * rgb[..., 0].astype(np.int64) + 150 * rgb[..., 1] + 29 * rgb[..., 2]) / 256.0
+    red, green, blue = (rgb[..., k].astype(np.int64) for k in range(3))
+    luma = (77 * red + 150 * green + 29 * blue) / 256.0
     step = max(1, size // 64)
     dx, dy = _differences(_spread(luma, step // 2, 1), step)
     gain = 0.75 if size < 64 else 1.0
@@ -341,8 +240,3 @@ def encode(labels):
         "reshading": np.repeat(shade[..., None], 3, 2),
         "principal_curvature": curved,
     }
-
-
-TEXTURE_GAIN = 28.0
-KEYPOINT_GAIN = 7.0
-OCCLUSION_BASE, OCCLUSION_GAIN, OCCLUSION_TAIL = 5.0, 1000.0, 120.0
