@@ -15,7 +15,7 @@ from mas_core.rooms import DOMAINS, encode, make_building, make_cameras, render_
 from mas_core.rooms import shapes as sh
 from mas_core.rooms.labels import cast
 from mas_core.rooms.render import view_counts
-from mas_core.rooms.scene import Group, Room, Scene, draw_style, group, look, stream
+from mas_core.rooms.scene import Room, Scene, box_corners, draw_style, group, look, stream
 from mas_core.rooms.shapes import intersect
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real_sample"
@@ -411,9 +411,8 @@ def test_folders_of_anything_else_are_refused(rendered, tmp_path):
 
 def test_no_arithmetic_that_differs_between_processors():
     """No matrix product, no power, no library function but exact ones decides a pixel."""
-    allowed = {"sqrt", "floor", "rint", "abs"}
     risky = {"dot", "matmul", "einsum", "exp", "log", "sin", "cos", "tan", "tanh", "power", "hypot",
-             "arctan2", "sum", "mean", "convolve"} - allowed  # fmt: skip
+             "arctan2", "sum", "mean", "convolve"}  # fmt: skip
     for path in Path(rooms.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             assert not isinstance(node, ast.MatMult | ast.Pow), path.name
@@ -427,9 +426,7 @@ def test_rooms_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 
-def test_groups_bound_their_primitives():
-    scene = make_building(0, 2)
-    for g in scene.groups:
-        assert isinstance(g, Group)
-        corners = group(g.prims, g.room)
-        assert corners.radius == g.radius and corners.center == g.center
+def test_bounding_spheres_hold_what_they_bound():
+    for g in make_building(0, 2).groups:
+        corners = np.array([c for p in g.prims for c in box_corners(p)])
+        assert np.sqrt(((corners - g.center) ** 2).sum(1)).max() <= g.radius + 1e-9
