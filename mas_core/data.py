@@ -19,7 +19,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,15 +299,16 @@ def _source(building: str, request: _Request) -> tuple[dict[View, dict[str, Path
 
 def _views_to_do(building: str, request: _Request) -> int:
     """Number of views of a building that is not prepared as its files are now; 0 if it is."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    record: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
         record = _read_json(request.target / building / "views.json")
-        if set(request.domains) < set(record["domains"]):  # what is there is not thrown away
-            request = replace(request, domains=tuple(record["domains"]))
+    if set(request.domains) < set(record.get("domains", ())):  # more than asked for is kept
+        request = replace(request, domains=tuple(record["domains"]))
     views, source = _source(building, request)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, NameError):
-        for domain in request.domains:
-            _open_array(request.target / building, domain, len(record["views"]), request.size)
-        if record["source"] == source and (request.skip_broken or not record["skipped"]):
+    if record.get("source") == source and (request.skip_broken or not record["skipped"]):
+        with contextlib.suppress(OSError, ValueError):
+            for domain in request.domains:
+                _open_array(request.target / building, domain, len(record["views"]), request.size)
             return 0
     return max(1, len(views))
 

@@ -277,6 +277,8 @@ def test_rerun_does_nothing_and_a_changed_source_is_noticed(tmp_path):
     assert kept and kept.items() <= times(first.folder).items()
     assert open_data(config(2), root, "sd").fingerprint != fingerprint
 
+    some = {"domains": DOMAINS[:3]}
+    assert quietly(root, **some).rebuilt == () and len(arrays(first.folder)) == len(DOMAINS)
     png(root, "rgb", 2, 1).unlink()
     with pytest.raises(UserError, match="point_2_view_1_domain_rgb.png: missing"):
         quietly(root)
@@ -384,18 +386,22 @@ def test_epoch_equals_decoding_what_was_drawn(three, cache_bytes):
         views = [views_of(three, "ann")[i] for i in train[rows]]
         assert list(batch.targets) == list("tsna")
         assert_equal(batch, reference(three, "ann", views, "tsna", flip[rows]))
+        plain = reference(three, "ann", views, "tsna")
+        for i in np.flatnonzero(flip[rows]):  # mirrored: the x of normals points the other way
+            assert torch.equal(batch.image[i], plain.image[i].flip(-1))
+            assert torch.equal(batch.targets["n"][i, 0], -plain.targets["n"][i, 0].flip(-1))
+            assert torch.equal(batch.targets["n"][i, 1:], plain.targets["n"][i, 1:].flip(-1))
 
 
-def test_batches_are_the_same_with_and_without_a_cache(three, monkeypatch):
-    cached, streamed, encoded_cache = (
-        open_data(config(), three, ALL, size) for size in (CACHE, NO_CACHE, NO_CACHE)
-    )
-    resident = [dict(part) for part in encoded_cache.arrays]
-    monkeypatch.setattr(encoded_cache, "_resident", lambda device: resident)
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_batches_are_the_same_with_and_without_a_cache(three, device):
+    decoded, streamed = (open_data(config(), three, ALL, size) for size in (CACHE, NO_CACHE))
+    fits = sum(array.nbytes for part in decoded.arrays for array in part.values())
+    as_encoded = open_data(config(), three, ALL, fits)
     for client in range(3):
-        epochs = [list(data.epoch(client, ALL, 4, stream(0, "b"), "cpu"))
-                  for data in (cached, streamed, encoded_cache)]  # fmt: skip
-        assert len(epochs[0]) == max(1, cached.count(client, "train") // 4)
+        epochs = [list(data.epoch(client, ALL, 4, stream(0, "b"), device))
+                  for data in (decoded, as_encoded, streamed)]  # fmt: skip
+        assert len(epochs[0]) == max(1, decoded.count(client, "train") // 4)
         for batches in zip(*epochs, strict=True):
             for other in batches[1:]:
                 assert_equal(batches[0], other)
