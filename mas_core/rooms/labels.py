@@ -28,23 +28,26 @@ def rays(camera, size):
     return tuple(f[k] + u * r[k] + v * d[k] for k in range(3))
 
 
-def _window(corners, camera, size):
-    """Pixel rectangle that may see a box (8, 3); None when it lies behind or outside."""
-    p = [corners[:, k] - camera.position[k] for k in range(3)]
-    axis = lambda a: p[0] * a[0] + p[1] * a[1] + p[2] * a[2]  # noqa: E731
-    z = axis(camera.forward)
-    if z.max() < 0.02:
-        return None
-    if z.min() < 0.02:
-        return 0, size, 0, size
+def _windows(corners, camera, size):
+    """Pixel rectangles (row0, row1, col0, col1) that may see each of the boxes (N, 8, 3).
+
+    Empty for a box behind the camera or outside the picture, all of it for one that reaches
+    behind the camera.
+    """
+    p = [corners[..., k] - camera.position[k] for k in range(3)]
+    z, down, right = (
+        p[0] * axis[0] + p[1] * axis[1] + p[2] * axis[2]
+        for axis in (camera.forward, camera.down, camera.right)
+    )
+    behind, across = z.max(1) < 0.02, z.min(1) < 0.02
+    z = np.maximum(z, 0.02)
     spans = []
-    for a in (camera.down, camera.right):
-        s = (axis(a) / z / camera.tan + 1.0) * (size / 2)
-        lo, hi = max(0, int(s.min() - 1)), min(size, int(s.max() + 2))
-        if lo >= hi:
-            return None
-        spans += [lo, hi]
-    return tuple(spans)
+    for along in (down, right):
+        at = (along / z / camera.tan + 1.0) * (size / 2)
+        spans.append(np.where(across, 0, np.clip(at.min(1) - 1, 0, size).astype(int)))
+        spans.append(np.where(across, size, np.clip(at.max(1) + 2, 0, size).astype(int)))
+    spans[1][behind] = 0
+    return np.stack(spans, 1).tolist()
 
 
 def cast(scene, camera, size):
@@ -52,6 +55,7 @@ def cast(scene, camera, size):
     d = rays(camera, size)
     depth = np.full((size, size), np.inf)
     hit = np.full((size, size), -1)
+    windows = _windows(scene.corners, camera, size)
     start, order = 0, []
     for g in scene.groups:
         away = [g.center[k] - camera.position[k] for k in range(3)]
@@ -64,10 +68,10 @@ def cast(scene, camera, size):
             if ahead + g.radius < 0.02:
                 continue
         for i, prim in enumerate(g.prims, start):
-            win = _window(scene.corners[i], camera, size)
-            if win is None:
+            r0, r1, c0, c1 = windows[i]
+            if r0 >= r1 or c0 >= c1:
                 continue
-            at = (slice(win[0], win[1]), slice(win[2], win[3]))
+            at = (slice(r0, r1), slice(c0, c1))
             if inside and ahead - g.radius > 0 and not (depth[at] > ahead - g.radius).any():
                 continue
             t = intersect(prim, camera.position, [x[at] for x in d])
