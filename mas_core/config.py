@@ -147,12 +147,18 @@ class Settings(Config):
 
 
 _SMOKE = Settings(
-    Data(size=32, buildings=6, views=24),
+    Data(size=32, buildings=6, views=40),
     Model("tiny", output_stride=4),
-    FL(rounds=8, clients_per_round=2, batch_size=8, measure_rounds=8, affinity_every=2,
-       evaluate_every=2),
-    Mas(merge_rounds=4, affinity_rounds=4),
-)  # fmt: skip
+    FL(
+        rounds=20,
+        clients_per_round=2,
+        batch_size=8,
+        measure_rounds=20,
+        affinity_every=2,
+        evaluate_every=4,
+    ),
+    Mas(merge_rounds=6, affinity_rounds=4),
+)
 _SMALL = Settings(
     Data(size=32, buildings=32, views=96),
     Model("small", output_stride=4),
