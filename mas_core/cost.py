@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 from torch import Tensor
@@ -84,14 +84,14 @@ class Meter:
             self._stopped = threading.Event()
             self._watcher = threading.Thread(target=self._watch, args=[self._stopped], daemon=True)
             self._watcher.start()
-        self._began = perf_counter()
+        self._began = device_clock(self.device)
 
     def stop(self) -> None:
         """Ends the interval; does nothing where none is running."""
         if self._began is None:
             return
         self._synchronize()
-        self.seconds += perf_counter() - self._began
+        self.seconds += device_clock(self.device) - self._began
         self._began = None
         if self._readers:
             self._stopped.set()
@@ -219,17 +219,26 @@ def _rapl_reader() -> _Counters:
     return _Counters(microjoules, 1e-6, ranges, "rapl", "whole CPU packages")
 
 
+def device_clock(device: torch.device) -> float:
+    """Device seconds: the wall clock for a GPU, this process's core seconds on a CPU.
+
+    The paper counts GPU hours; core seconds are their like, and what else runs on a shared machine
+    disturbs them little.
+    """
+    return process_time() if device.type == "cpu" else perf_counter()
+
+
 def estimated_kwh(
     seconds: float, device_name: str, limit_watts: float | None = None
 ) -> tuple[float, str]:
     """A guess of the energy where nothing measured it, in kWh, and what it is from, in words.
 
-    seconds times one constant power: 10 W a CPU thread (named so by `device_name`), or a GPU's
-    power limit (`Meter.limit_watts`), or 300 W for any other GPU. It ignores the load.
+    Device seconds (see `device_clock`) times one constant power: 10 W for a core of a CPU (named
+    with its threads by `device_name`), or a GPU's power limit (`Meter.limit_watts`), or 300 W for
+    any other GPU. It ignores the load.
     """
-    if threads := re.search(r", (\d+) threads?$", device_name):
-        watts = int(threads[1]) * THREAD_WATTS
-        source = f"{threads[0][2:]} x {THREAD_WATTS:g} W, a guess of a data-centre CPU core"
+    if re.search(r", \d+ threads?$", device_name):
+        watts, source = THREAD_WATTS, f"{THREAD_WATTS:g} W, a guess of a data-centre CPU core"
     elif limit_watts is not None:
         watts, source = limit_watts, f"the GPU's power limit of {limit_watts:g} W, from NVML"
     else:
@@ -275,7 +284,7 @@ def device_name(device: torch.device | str) -> str:
 class Cost:
     """What a trajectory, a share of one, or a whole method costs. Sums with `+` and `sum`."""
 
-    seconds: float  # of training; validation and test excluded, as in the paper
+    seconds: float  # device seconds of training; validation and test excluded, as in the paper
     energy_kwh: float | None  # measured; None unless every part of it was measured
     energy_kwh_estimated: float | None  # a guess of the same, never mixed with what was measured
     energy_source: str  # how the two energies were obtained

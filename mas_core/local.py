@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from .affinity import backward_sum, encoder_gradients, lookahead
 from .config import FL
+from .cost import device_clock
 from .models import MultiTaskNet, forward_tasks
 from .tasks import Batch
 
@@ -111,7 +111,7 @@ def gradnorm_step(balance: Balance, losses: Tensor, at_features: list[Tensor], f
 
 
 def _clock(batch: Batch) -> float:
-    """Seconds, with the device's queue emptied, so that an interval holds its own work."""
+    """Device seconds, with the device's queue emptied, so that an interval holds its own work."""
     if batch.image.is_cuda:
         torch.cuda.synchronize(batch.image.device)
-    return time.perf_counter()
+    return device_clock(batch.image.device)

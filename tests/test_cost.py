@@ -123,6 +123,7 @@ def clock(monkeypatch):
     """A clock that moves only when told."""
     time = SimpleNamespace(now=100.0)
     monkeypatch.setattr(cost, "perf_counter", lambda: time.now)
+    monkeypatch.setattr(cost, "process_time", lambda: time.now)
     return time
 
 
@@ -440,7 +441,7 @@ def test_co2_reproduces_the_papers_columns():
 
 def test_estimates_say_from_what():
     assert estimated_kwh(3600.0, "AMD EPYC, 2 threads") == (
-        pytest.approx(0.020), "2 threads x 10 W, a guess of a data-centre CPU core"
+        pytest.approx(0.010), "10 W, a guess of a data-centre CPU core"
     )
     assert estimated_kwh(1800.0, "NVIDIA H200", 700.0) == (
         pytest.approx(0.35), "the GPU's power limit of 700 W, from NVML"
@@ -456,7 +457,7 @@ def test_the_cpu_is_named_with_its_threads_and_not_by_its_host():
     assert name.endswith(f", {threads} thread" + "s" * (threads != 1))
     assert len(name.split(",")[0]) > 2
     assert platform.node() not in name
-    assert estimated_kwh(3.6e6, name)[0] == pytest.approx(10.0 * threads)
+    assert estimated_kwh(3.6e6, name)[0] == pytest.approx(10.0)
 
 
 def test_state_bytes_counts_parameters_and_statistics():
