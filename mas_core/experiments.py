@@ -140,6 +140,21 @@ def supplement_figure_3(store: Store, seed: int, overrides: dict[str, Any]) -> R
     return _all_in_one(store, TASK_SETS, seed, overrides)
 
 
+def tour(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+    """What `mas demo` trains: one-by-one, all-in-one and MAS-2 on sdnkt."""
+    s = study(store, "sdnkt", seed, overrides)
+    makers = (methods.one_by_one, methods.all_in_one, methods.merge_and_split)
+    names = ("one-by-one", "all-in-one", "MAS-2")
+    return {(n, s.tasks, seed): make(s) for n, make in zip(names, makers, strict=True)}
+
+
+def explore_affinities(
+    store: Store, seed: int, overrides: dict[str, Any], tasks: str = "sdnkt"
+) -> Recipes:
+    """All-in-one training of one task set, for its affinities."""
+    return _all_in_one(store, (tasks,), seed, overrides)
+
+
 def ablation(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
     """Learning-rate schedule after the split, and scale of the encoder's gradient, on sdnkt."""
     recipes: Recipes = {}
