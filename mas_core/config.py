@@ -261,8 +261,20 @@ class Trajectory:
 
     @property
     def id(self) -> str:
-        """Tasks, seed and a hash of `to_json()`, for example sdnkt-s0-4f1c09ab83."""
-        text = json.dumps(self.to_json(), sort_keys=True)
+        """Tasks, seed and a hash of what differs from the defaults, like sdnkt-s0-4f1c09ab83.
+
+        A field that is added later, with a default that means what was done before, leaves the ids
+        of old records alone; the default of an existing field must never change.
+        """
+        values = self.to_json()
+        for part in (self.data, self.model, self.fl):
+            name = type(part).__name__.lower()
+            values[name] = {
+                f.name: values[name][f.name]
+                for f in fields(part)
+                if getattr(part, f.name) != f.default
+            }
+        text = json.dumps(values, sort_keys=True)
         return f"{self.tasks}-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def lr(self, round_: int) -> float:

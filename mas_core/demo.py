@@ -7,12 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from .config import settings
-from .data import ensure_rooms, open_data
-from .engine import choose_device
-from .evaluate import constant_losses
 from .methods import MethodResult, Study, all_in_one, merge_and_split, one_by_one
 from .store import open_store
 from .tasks import TASKS
@@ -30,9 +26,7 @@ def demo(results: Path, data: Path | None, workers: int | None, device: str | No
     }
     workers = workers or min(2, os.cpu_count() or 1)
     found = train_recipes(recipes, study, data, workers, device)
-    folder = ensure_rooms(study.settings.data, data)
-    opened = open_data(study.settings.data, folder, study.tasks)
-    constant = constant_losses(opened, study.tasks, torch.device(choose_device(device)))
+    constant = study.store.result(study.all_in_one())["test_constant"]
     print(method_table(found.values(), constant))
     print(f"\nMAS split {study.tasks} into {' and '.join(found['MAS-2'].groups)} by the affinities "
           f"of the first {study.settings.mas.affinity_rounds} rounds, and continued both from round "

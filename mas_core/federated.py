@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import Trajectory, UserError, stream
 from .cost import Meter, device_name, peak_memory_bytes, state_bytes
 from .data import FederatedData, open_data
-from .evaluate import evaluate
+from .evaluate import constant_losses, evaluate
 from .local import Balance, LocalResult, local_update
 from .models import MultiTaskNet, restrict_state
 from .store import State, Store, provenance
@@ -287,6 +287,7 @@ def _result(
         "test_last": last,
         "test_best": best,
         "best_round": best_round,
+        "test_constant": constant_losses(data, net.tasks, device),
         "test_images": sum(data.count(k, "test") for k in range(len(data.names))),
         "data": data.fingerprint,
         "energy_source": meter.how,
