@@ -17,7 +17,7 @@ from .config import Settings, Trajectory, UserError
 from .cost import JOULES_PER_KWH, Cost, estimated_kwh
 from .split import best_split, hoa_groups, partitions, tag_groups
 from .store import Store
-from .tasks import sort_tasks
+from .tasks import check_tasks, sort_tasks
 
 
 @dataclass(frozen=True)
@@ -32,29 +32,30 @@ class Need:
 class Study:
     """What a method works on: a task set with its settings, a seed, and where records are."""
 
-    tasks: str
+    tasks: str  # in any order; trajectories and affinities have the table's order
     settings: Settings
     seed: int
     store: Store
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", sort_tasks(self.tasks))
+        check_tasks(self.tasks)
 
     @property
     def rounds(self) -> int:
         return self.settings.fl.rounds
 
     def letters(self, group: Iterable[int]) -> str:
-        return "".join(self.tasks[i] for i in group)
+        """Indices of an affinity matrix as task letters."""
+        return "".join(sort_tasks(self.tasks)[i] for i in group)
 
     def all_in_one(self) -> Trajectory:
         """The merged task, affinities measured on the way: the trunk of MAS and TAG."""
-        return Trajectory(self.tasks, self.seed, *self._common())
+        return Trajectory(sort_tasks(self.tasks), self.seed, *self._common())
 
     def from_scratch(self, group: str) -> Trajectory:
         """The tasks of `group` trained from the seed's initial weights."""
         group = sort_tasks(group)
-        if group == self.tasks:
+        if group == sort_tasks(self.tasks):
             return self.all_in_one()
         data, model, fl = self._common()
         return Trajectory(group, self.seed, data, model, replace(fl, measure_rounds=0))
@@ -183,7 +184,8 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
     """
     _check_splits(study, splits)
     n = len(study.tasks)
-    singles = [study.from_scratch(a) for a in study.tasks]
+    letters = sort_tasks(study.tasks)
+    singles = [study.from_scratch(a) for a in letters]
     pairs = {
         (i, j): study.from_scratch(study.letters((i, j))) for i, j in combinations(range(n), 2)
     }
@@ -192,7 +194,7 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
     pair_losses = np.full((n, n), np.nan)
     for (i, j), t in pairs.items():
         losses = _losses(study, t)
-        pair_losses[i, j], pair_losses[j, i] = losses[study.tasks[i]], losses[study.tasks[j]]
+        pair_losses[i, j], pair_losses[j, i] = losses[letters[i]], losses[letters[j]]
     chosen = hoa_groups(single_losses, pair_losses, splits)
     groups = [study.letters(g) for g in chosen.groups]
     trained = [study.from_scratch(group) for group in groups]
@@ -206,7 +208,7 @@ def standalone(study: Study, client: int) -> Recipe:
     """All tasks in one network, trained by one client on its own data (MAS, section 4.5)."""
     data, model, fl = study.settings.data, study.settings.model, study.settings.fl
     fl = replace(fl, clients=(client,), clients_per_round=1, measure_rounds=0)
-    trajectory = Trajectory(study.tasks, study.seed, data, model, fl)
+    trajectory = Trajectory(sort_tasks(study.tasks), study.seed, data, model, fl)
     yield [Need(trajectory, study.rounds)]
     parts = [Part(trajectory, 0, study.rounds)]
     return _result(f"standalone-{client}", study, [study.tasks], [trajectory], parts)
@@ -306,7 +308,7 @@ def _train_groups(name: str, study: Study, groups: Sequence[str]) -> Recipe:
 def _all_in_one_with(method: str, study: Study, **changes: float) -> Recipe:
     data, model, fl = study.settings.data, study.settings.model, study.settings.fl
     fl = replace(fl, method=method, measure_rounds=0, **changes)
-    trajectory = Trajectory(study.tasks, study.seed, data, model, fl)
+    trajectory = Trajectory(sort_tasks(study.tasks), study.seed, data, model, fl)
     yield [Need(trajectory, study.rounds)]
     parts = [Part(trajectory, 0, study.rounds)]
     return _result(method, study, [study.tasks], [trajectory], parts)
