@@ -42,6 +42,11 @@ class Config:
                 raise UserError(
                     f"{f.name}={value!r}; allowed: {', '.join(map(str, get_args(hint)))}"
                 )
+            if hint is float and type(value) is int:
+                object.__setattr__(self, f.name, float(value))  # 1 and 1.0 have one id
+            elif hint in (int, float) and type(value) is not hint:
+                kind = "a whole number" if hint is int else "a number"
+                raise UserError(f"{f.name}={value!r} is not {kind}")
             low, high = f.metadata.get("range", (None, None))
             for number in value if isinstance(value, tuple) else (value,):
                 if not isinstance(number, int | float) or isinstance(number, bool):
@@ -108,6 +113,8 @@ class FL(Config):
         super().__post_init__()
         if self.clients is not None and not self.clients:
             raise UserError("clients=(): name at least one client, or None for all")
+        if self.clients and len(set(self.clients)) < len(self.clients):
+            raise UserError(f"clients={self.clients}: a client is named twice")
 
 
 @dataclass(frozen=True)
