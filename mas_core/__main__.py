@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seeds", type=int, nargs="+", default=[0])
         _settings(command)
         _records(command)
-        _compute(command)
+        _compute(command, workers=None)
+    plan.add_argument("--images-per-second", type=float, default=None, metavar="N",
+                      help="of five-task training, to time a preset not on record")  # fmt: skip
     reproduce.add_argument("--figures", type=Path, default=Path("figures"))
     reproduce.add_argument("--timeout", type=int, default=3600, help="seconds a notebook may take")
     reproduce.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE",
@@ -148,9 +150,17 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def train_recipes(
-    recipes: dict[Any, Any], study: Any, data: Path | None, workers: int, device: str | None
+    recipes: dict[Any, Any],
+    study: Any,
+    data: Path | None,
+    workers: int,
+    device: str | None,
+    dask: str | None = None,
+    slurm: str | None = None,
 ) -> dict[Any, Any]:
-    """Drive recipes with a progress bar; on several workers where asked for."""
+    """Drive recipes with a progress bar; on local processes, Dask or Slurm where asked for."""
+    import multiprocessing
+
     from . import engine
     from .config import UserError
     from .data import ensure_rooms
@@ -161,16 +171,27 @@ def train_recipes(
     folder = ensure_rooms(study.settings.data, data)
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(progress_bar(study.store))
-        executor, threads = None, None
-        if workers > 1:
+        executor, threads, slots, resubmit = None, None, workers, ()
+        if dask or slurm:
+            from . import cluster
+
+            opened = cluster.dask_executor(dask) if dask else cluster.slurm_executor(slurm)
+            executor, slots, resubmit = stack.enter_context(opened)
+        elif workers > 1:
             executor = stack.enter_context(engine.local_workers(workers))
             threads = engine.threads_per_worker(workers)
-        return engine.run(recipes, study.store, folder, device, executor, threads, workers, shown)
+        try:
+            return engine.run(recipes, study.store, folder, device, executor, threads, slots,
+                              shown, resubmit)  # fmt: skip
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
 
 
 @contextlib.contextmanager
 def progress_bar(store: Any) -> Iterator[Any]:
-    """A bar over rounds that a thread brings up to date from the records on disk."""
+    """A bar over rounds, with what is running and left; a thread reads the records on disk."""
     from tqdm import tqdm
 
     from .engine import Progress
@@ -195,7 +216,9 @@ def progress_bar(store: Any) -> Iterator[Any]:
                 f"{n.trajectory.tasks} {store.rounds_done(n.trajectory)}/{n.until}"
                 for n in progress.running
             ]
-            bar.set_postfix_str(f"{progress.done} done, {', '.join(now) or 'nothing to train'}")
+            left = len(progress.waiting) - sum(n in progress.waiting for n in progress.running)
+            text = f"trajectories: {progress.done} done, {len(now)} running, {left} left"
+            bar.set_postfix_str(text + (f" ({', '.join(now)})" if now else ""))
 
         def watch() -> None:
             while not stop.wait(1.0):
@@ -215,7 +238,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from .reproduce import plan
 
     print(plan(arguments.notebooks, arguments.preset, arguments.seeds, _overrides(arguments),
-               arguments.results))  # fmt: skip
+               arguments.results, arguments.images_per_second))  # fmt: skip
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:

@@ -756,23 +756,30 @@ def _prepare_command(folder: Path, size: int) -> str:
     return f"mas prepare --root {shlex.quote(str(folder))} --size {size}"
 
 
+def rooms_folder(data: Data) -> Path:
+    """Where rooms lie that are given no folder: data/rooms-<what determines them>."""
+    from .rooms import RENDERER_VERSION
+
+    name = (f"rooms-{data.buildings}x{data.views}-{data.size}px-seed{data.render_seed}"
+            f"-het{data.heterogeneity:g}-v{RENDERER_VERSION}")  # fmt: skip
+    return Path("data") / name
+
+
 def ensure_rooms(
     data: Data, folder: str | Path | None, workers: int | None = None, progress: bool = True
 ) -> Path:
     """The folder to open: for procedural rooms rendered and prepared first, where they are not.
 
-    Without a folder rooms go to data/rooms-<what determines them>. Taskonomy needs a folder.
+    Without a folder rooms go to `rooms_folder`. Taskonomy needs a folder.
     """
     if data.source == "taskonomy":
         if folder is None:
             raise UserError("Taskonomy is not part of the package: name its folder with "
                             "--data DIR, or train on rooms (data.source=rooms)")  # fmt: skip
         return Path(folder)
-    from .rooms import RENDERER_VERSION, render_rooms
+    from .rooms import render_rooms
 
-    name = (f"rooms-{data.buildings}x{data.views}-{data.size}px-seed{data.render_seed}"
-            f"-het{data.heterogeneity:g}-v{RENDERER_VERSION}")  # fmt: skip
-    rooms = Path(folder) if folder is not None else Path("data") / name
+    rooms = Path(folder) if folder is not None else rooms_folder(data)
     asked = {"buildings": data.buildings, "views": data.views, "seed": data.render_seed,
              "heterogeneity": data.heterogeneity}  # fmt: skip
     record = rooms / "rooms.json"

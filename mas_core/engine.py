@@ -8,6 +8,7 @@ the store is shared: a driver or worker that dies costs the rounds since the las
 from __future__ import annotations
 
 import os
+import signal
 import traceback
 from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -66,8 +67,13 @@ def choose_device(name: str | None = None) -> str:
 
 
 def local_workers(workers: int) -> ProcessPoolExecutor:
-    """Processes on this machine, each a fresh interpreter (CUDA allows no fork)."""
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    """Processes on this machine, each a fresh interpreter (CUDA allows no fork).
+
+    They leave Ctrl-C to the driver, which tells the user once.
+    """
+    return ProcessPoolExecutor(
+        workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    )
 
 
 def threads_per_worker(workers: int) -> int:
