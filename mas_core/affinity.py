@@ -31,6 +31,7 @@ def lookahead_affinity(
     """
     was_training, kept = model.training, [p.grad for p in model.parameters()]
     model.train()
+    model.zero_grad()  # else the kept gradients would be added to in place
     with frozen_statistics(model):
         step = forward_tasks(model, batch)
         at_features = step.backward_decoders()
