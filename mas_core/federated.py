@@ -81,7 +81,8 @@ def run_round(
             batches = client_batches(trajectory, data, k, round_, state_device(net))
             balance = _balance_of(state, net) if fl.method == "gradnorm" else None
             result = local_update(net, batches, fl, lr, measure, balance)
-            _check_finite(result.losses, tasks, data.names[k], round_, lr)
+            for step in result.step_losses.tolist():
+                _check_finite(step, tasks, f"client {data.names[k]}", round_, lr)
             results[k] = result
             yield net.state_dict() | _state_of(result.balance), sizes[k] / sum(sizes.values())
 
@@ -187,6 +188,7 @@ def train(
             if validated:
                 load_state(net, state)
                 losses = evaluate(net, data.evaluation("val", net.tasks, 64, device))
+                _check_finite(losses.values(), net.tasks, "validation", r, trajectory.lr(r))
             row |= {f"val_{a}": f"{x:.9g}" if validated else "" for a, x in losses.items()}
             rows.append(row)
             if validated and _best([row], net.tasks) < best:
@@ -304,11 +306,11 @@ def _best(rows: list[dict[str, Any]], tasks: str) -> float:
     return min(sums, default=float("inf"))
 
 
-def _check_finite(losses: Tensor, tasks: str, client: str, round_: int, lr: float) -> None:
-    for a, loss in zip(tasks, losses.tolist(), strict=True):
+def _check_finite(losses: Iterable[float], tasks: str, where: str, round_: int, lr: float) -> None:
+    for a, loss in zip(tasks, losses, strict=True):
         if not np.isfinite(loss):
             raise TrainingDiverged(
-                f"the loss of task {a!r} is {loss} on client {client} in round {round_} "
+                f"the loss of task {a!r} is {loss} on {where} in round {round_} "
                 f"at learning rate {lr:.4g}; lower fl.lr"
             )
 

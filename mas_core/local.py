@@ -28,12 +28,17 @@ class Balance:
 class LocalResult:
     """What a client reports besides its weights."""
 
-    losses: Tensor  # (n,) mean training loss of every task
+    step_losses: Tensor  # (steps, n) training losses
     samples: int  # images trained on, E epochs together
     affinity: Tensor | None = None  # (n, n) mean over the measured steps
     measurements: int = 0
     affinity_seconds: float = 0.0
     balance: Balance | None = field(default=None)
+
+    @property
+    def losses(self) -> Tensor:
+        """Mean training loss of every task, (n,)."""
+        return self.step_losses.mean(0)
 
 
 def local_update(
@@ -85,7 +90,7 @@ def local_update(
     if not losses:
         raise ValueError("a client has no training images")
     return LocalResult(
-        losses=torch.stack(losses).mean(0),
+        step_losses=torch.stack(losses),
         samples=samples,
         affinity=torch.stack(affinities).mean(0) if affinities else None,
         measurements=len(affinities),
