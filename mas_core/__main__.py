@@ -135,7 +135,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from .config import UserError, settings
     from .demo import method_table
-    from .methods import METHODS, TAKES_SPLITS, Study
+    from .methods import METHODS, TAKES_SPLITS, Study, check_splits
     from .store import open_store
 
     if arguments.method not in METHODS:
@@ -144,6 +144,7 @@ def _run(arguments: argparse.Namespace) -> None:
     store = open_store(arguments.preset, arguments.results)
     study = Study(arguments.tasks, chosen, arguments.seed, store)
     extra = {"splits": arguments.splits} if arguments.method in TAKES_SPLITS else {}
+    check_splits(study, **extra)
     recipes = {arguments.method: METHODS[arguments.method](study, **extra)}
     results = train_recipes(recipes, study, arguments.data, arguments.workers, arguments.device)
     print(method_table(results.values()))
@@ -286,9 +287,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from .data import prepare
     from .tasks import DOMAINS
 
-    print(prepare(arguments.root, arguments.size, tuple(arguments.domains or DOMAINS),
-                  skip_broken=arguments.skip_broken, workers=arguments.workers,
-                  out=arguments.out))  # fmt: skip
+    done = prepare(arguments.root, arguments.size, tuple(arguments.domains or DOMAINS),
+                   skip_broken=arguments.skip_broken, workers=arguments.workers,
+                   out=arguments.out)  # fmt: skip
+    print(f"{sum(done.views.values())} views of {len(done.views)} buildings in {done.folder}, "
+          f"{len(done.rebuilt)} buildings read anew, "
+          f"{sum(map(len, done.skipped.values()))} files broken or missing")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -209,6 +209,7 @@ def train(
 
 def is_done(trajectory: Trajectory, until: int, store: Store) -> bool:
     """Whether the record reaches round `until` (the last one: whether it is tested, too)."""
+    store.check(trajectory)
     if store.result(trajectory) is not None:
         return True
     return until < trajectory.fl.rounds and store.rounds_done(trajectory) >= until

@@ -144,7 +144,7 @@ def merge_and_split(study: Study, splits: int = 2) -> Recipe:
     All-in-one for R0 rounds; the split with the highest total affinity (Eq. 3, 4); every group
     from the all-in-one weights for the remaining R - R0 rounds.
     """
-    _check_splits(study, splits)
+    check_splits(study, splits)
     mas, trunk = study.settings.mas, study.all_in_one()
     measured = min(mas.affinity_rounds, study.settings.fl.measure_rounds)
     yield [Need(trunk, max(mas.merge_rounds, measured))]
@@ -163,7 +163,7 @@ def tag(study: Study, splits: int = 2) -> Recipe:
     All-in-one for R rounds, grouping by the exact integer program, every group from scratch; a
     task in several groups takes its best result.
     """
-    _check_splits(study, splits)
+    check_splits(study, splits)
     trunk = study.all_in_one()
     yield [Need(trunk, study.rounds)]
     chosen = tag_groups(affinity_before_split(study), splits)
@@ -182,7 +182,7 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
     best x groups (a task in several takes the better loss) are trained from scratch; singles and
     pairs among them are at hand.
     """
-    _check_splits(study, splits)
+    check_splits(study, splits)
     n = len(study.tasks)
     letters = sort_tasks(study.tasks)
     singles = [study.from_scratch(a) for a in letters]
@@ -220,7 +220,7 @@ def every_partition(study: Study, splits: int, initialised: bool) -> Generator:
     Every group from scratch, or (`initialised`) from the all-in-one weights of round R0. Returns a
     list of MethodResult, ordered by total test loss.
     """
-    _check_splits(study, splits)
+    check_splits(study, splits)
     start = study.settings.mas.merge_rounds if initialised else 0
     make = study.from_all_in_one if initialised else study.from_scratch
     choices = [
@@ -343,6 +343,7 @@ def _losses(study: Study, trajectory: Trajectory, which: str = "test_best") -> d
     return study.store.result(trajectory)[which]
 
 
-def _check_splits(study: Study, splits: int) -> None:
+def check_splits(study: Study, splits: int = 1) -> None:
+    """A UserError for a number of groups that the task set does not have."""
     if not 1 <= splits <= len(study.tasks):
         raise UserError(f"splits={splits}; {study.tasks} allows 1 to {len(study.tasks)}")

@@ -56,6 +56,7 @@ class Store:
         self.results = Path(results)
         self.root = self.results / preset
         self.preset = preset
+        self._checked: set[str] = set()
 
     def folder(self, trajectory: Trajectory | str) -> Path:
         return self.root / (trajectory if isinstance(trajectory, str) else trajectory.id)
@@ -90,6 +91,13 @@ class Store:
                 "restore the file, or delete the folder to train anew"
             )
         return trajectory
+
+    def check(self, trajectory: Trajectory) -> None:
+        """A UserError where a record's configuration does not match its id; looks once."""
+        id_ = trajectory.id
+        if id_ not in self._checked and (self.folder(id_) / "config.json").exists():
+            self.trajectory(id_)
+            self._checked.add(id_)
 
     def result(self, trajectory: Trajectory | str) -> dict[str, Any] | None:
         """The contents of result.json, or None while the trajectory is not complete."""
