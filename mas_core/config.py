@@ -124,7 +124,7 @@ class Mas(Config):
     merge_rounds: int = bounded(1, 100_000, 30)  # R0
     affinity_rounds: int = bounded(1, 100_000, 10)  # the split reads affinities of rounds < this
     affinity_at: Literal["mean", "last"] = "mean"  # their mean, or the last of these rounds alone
-    lr_schedule: Literal["continue", "restart"] = "continue"  # after the split
+    lr_schedule: Literal["continue", "restart"] = "restart"  # after the split; released: restart
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ _SMOKE = Settings(
 _SMALL = Settings(
     Data(size=32, buildings=32, views=96),
     Model("small", output_stride=4),
-    FL(batch_size=16, measure_rounds=100),
+    FL(batch_size=8, measure_rounds=100),
 )
 _PAPER = Settings(
     Data("taskonomy", size=256, buildings=32),
