@@ -236,7 +236,7 @@ def progress_bar(store: Any) -> Iterator[Any]:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from .reproduce import plan
+    from .plan import plan
 
     print(plan(arguments.notebooks, arguments.preset, arguments.seeds, _overrides(arguments),
                arguments.results, arguments.images_per_second))  # fmt: skip
