@@ -22,8 +22,8 @@ _HOME = {
     "TASK_SETS": "tasks",
 }
 _MODULES = (
-    "affinity", "config", "cost", "data", "engine", "evaluate", "federated", "local", "methods",
-    "models", "rooms", "split", "store", "tasks",
+    "affinity", "config", "cost", "data", "engine", "evaluate", "experiments", "federated", "local",
+    "methods", "models", "rooms", "split", "store", "tasks",
 )  # fmt: skip
 __all__ = sorted([*_HOME, *_MODULES])
 
