@@ -23,7 +23,7 @@ _HOME = {
 }
 _MODULES = (
     "affinity", "config", "cost", "data", "engine", "evaluate", "experiments", "federated", "local",
-    "methods", "models", "rooms", "split", "store", "tasks",
+    "methods", "models", "rooms", "split", "store", "taskonomy", "tasks",
 )  # fmt: skip
 __all__ = sorted([*_HOME, *_MODULES])
 
