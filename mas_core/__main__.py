@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         return arguments.function(arguments) or 0
-    except UserError as error:
+    except (UserError, OSError) as error:  # a file that cannot be read or written
         print(f"mas: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -284,7 +284,7 @@ def _render(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from .data import prepare
+    from .taskonomy import prepare
     from .tasks import DOMAINS
 
     done = prepare(arguments.root, arguments.size, tuple(arguments.domains or DOMAINS),
