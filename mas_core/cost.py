@@ -14,7 +14,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -32,103 +32,81 @@ GPU_WATTS = 300.0  # guess: the power limit of a Tesla V100, the paper's GPU
 
 
 class Meter:
-    """Seconds and joules of the intervals between `start` and `stop`; one per training process.
+    """Seconds and joules of what runs inside `with meter:`; one per training process.
 
-    Readers see whole devices: on a shared card or CPU the joules include what others draw; `how`
-    says so. A reader that fails never raises: `joules` is None from then on, and `how` says why.
-    `how` begins with "nvml", "rapl", "nvml+rapl" or "not measured". A run on a GPU is measured
-    only if that GPU is; its CPU is added where RAPL can be read.
+    Counters see whole devices: on a shared card or CPU the joules include what others draw; `how`
+    says so. One that fails never raises: `joules` is None from then on, and `how` says why. `how`
+    begins with "nvml", "rapl", "nvml+rapl" or "not measured". A run on a GPU is measured only if
+    that GPU is; its CPU is added where RAPL can be read.
     """
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
         self.seconds = 0.0
-        self.limit_watts: float | None = None  # the GPU's power limit, where NVML tells it
-        self._failure: str | None = None
-        self._began: float | None = None
         self._lap = (0.0, 0.0)
-        self._readers: list[_Counters | _Power] = []
+        self._failure: str | None = None
+        self._counters: list[_Counters] = []
         try:
             if self.device.type == "cuda":
-                reader, self.limit_watts = _nvml_reader(self.device)
-                self._readers.append(reader)
-            self._readers.append(_rapl_reader())
+                self._counters.append(_nvml_counters(self.device))
+            self._counters.append(_rapl_counters())
         except Exception as error:  # whatever a meter raises, training goes on
-            if not self._readers:
+            if not self._counters:
                 self._fail(error)
-        self._joules = [0.0] * len(self._readers)
 
     @property
     def joules(self) -> float | None:
         """Joules of all intervals, or None where nothing, or not everything, was measured."""
-        stuck = self.seconds > 0 and 0.0 in self._joules
-        return None if self._failure or stuck else sum(self._joules)
+        stuck = self.seconds > 0 and any(counters.joules == 0 for counters in self._counters)
+        return None if self._failure or stuck else sum(c.joules for c in self._counters)
 
     @property
     def how(self) -> str:
-        if self._failure:
-            return f"not measured: {self._failure}"
         if self.joules is None:
-            return "not measured: a counter did not move"
-        kinds = "+".join(r.name for r in self._readers)
-        whole = " and ".join(r.scope for r in self._readers)
-        unread = self.device.type == "cuda" and len(self._readers) == 1
-        return f"{kinds}, {whole}" + (" (CPU not measured)" if unread else "")
-
-    def start(self) -> None:
-        if self._began is not None:
-            raise RuntimeError("the meter is running; call stop() before start()")
-        self._synchronize()
-        self._advance(count=False)
-        if self._readers:
-            self._stopped = threading.Event()
-            self._watcher = threading.Thread(target=self._watch, args=[self._stopped], daemon=True)
-            self._watcher.start()
-        self._began = device_clock(self.device)
-
-    def stop(self) -> None:
-        """Ends the interval; does nothing where none is running."""
-        if self._began is None:
-            return
-        self._synchronize()
-        self.seconds += device_clock(self.device) - self._began
-        self._began = None
-        if self._readers:
-            self._stopped.set()
-            self._watcher.join()
-            self._advance(count=True)
+            return f"not measured: {self._failure or 'a counter did not move'}"
+        unread = self.device.type == "cuda" and len(self._counters) == 1
+        return (
+            "+".join(c.name for c in self._counters) + ", "
+            + " and ".join(c.scope for c in self._counters)
+            + (" (CPU not measured)" if unread else "")
+        )  # fmt: skip
 
     def lap(self) -> tuple[float, float | None]:
-        """Seconds and joules since the last lap; a running interval is counted up to now."""
-        if self._began is not None:
-            self.stop()
-            self.start()
-        joules, (lap_seconds, lap_joules) = self.joules, self._lap
+        """Seconds and joules since the last lap."""
+        joules, (seconds_before, joules_before) = self.joules, self._lap
         self._lap = (self.seconds, joules or 0.0)
-        return self.seconds - lap_seconds, None if joules is None else joules - lap_joules
+        return self.seconds - seconds_before, None if joules is None else joules - joules_before
 
     def __enter__(self) -> Meter:
-        self.start()
+        self._read(count=False)
+        self._stopped = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        self._synchronize()
+        self._began = device_clock(self.device)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.stop()
+        self._synchronize()
+        self.seconds += device_clock(self.device) - self._began
+        self._stopped.set()
+        self._watcher.join()
+        self._read(count=True)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _watch(self, stopped: threading.Event) -> None:
-        while not stopped.wait(SAMPLE_SECONDS):
-            self._advance(count=True)
+    def _watch(self) -> None:
+        while not self._stopped.wait(SAMPLE_SECONDS):
+            self._read(count=True)
 
-    def _advance(self, count: bool) -> None:
+    def _read(self, count: bool) -> None:
         if self._failure:
             return
         try:
-            for i, reader in enumerate(self._readers):
-                joules = reader.advance()
-                self._joules[i] += joules if count else 0.0
+            for counters in self._counters:
+                counters.advance(count)
         except Exception as error:  # whatever a meter raises, training goes on
             self._fail(error)
 
@@ -140,67 +118,46 @@ class Meter:
 class _Counters:
     """Joules from counters that only grow, of `unit` joules a count, and wrap at `ranges`."""
 
-    def __init__(self, read: Callable[[], list[int]], unit: float, ranges: list[int], *says: str):
+    def __init__(
+        self, name: str, scope: str, read: Callable[[], list[int]], unit: float, ranges: list[int]
+    ):
+        self.name, self.scope, self.joules = name, scope, 0.0
         self._read, self._unit, self._ranges, self._last = read, unit, ranges, read()
-        self.name, self.scope = says
 
-    def advance(self) -> float:
+    def advance(self, count: bool) -> None:
         now = self._read()
         counts = [
             after - before + (wrap if after < before else 0)
             for before, after, wrap in zip(self._last, now, self._ranges, strict=True)
         ]
-        self._last = now
         if min(counts) < 0:
             raise OSError(f"a counter of {self.name} went backwards")
-        return sum(counts) * self._unit
+        self._last = now
+        self.joules += count * sum(counts) * self._unit
 
 
-class _Power:
-    """Joules as the integral (trapezoids) of power samples, for cards without a counter."""
-
-    def __init__(self, watts: Callable[[], float], *says: str):
-        self._watts, self._last = watts, (perf_counter(), watts())
-        self.name, self.scope = says
-
-    def advance(self) -> float:
-        (before, watts_before), (now, watts) = self._last, (perf_counter(), self._watts())
-        self._last = (now, watts)
-        return (now - before) * (watts_before + watts) / 2
-
-
-def _nvml_reader(device: torch.device) -> tuple[_Counters | _Power, float | None]:
-    """A reader of this one card, and its power limit in watts.
+def _nvml_counters(device: torch.device) -> _Counters:
+    """The energy counter of this one card (NVIDIA's Volta generation and later).
 
     The card is found by its UUID: carbontracker takes indices from CUDA_VISIBLE_DEVICES, and all
     cards where that is empty or holds UUIDs. A slice of a card (MIG) has no meter: it raises.
     """
-    from carbontracker.components.gpu import nvidia
+    from carbontracker.components.gpu.nvidia import pynvml
 
-    nvml = nvidia.pynvml
-    nvml.nvmlInit()
-    card = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    try:
-        limit = nvml.nvmlDeviceGetEnforcedPowerLimit(card) / 1e3
-    except nvml.NVMLError:
-        limit = None
+    pynvml.nvmlInit()
+    card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
     def millijoules() -> list[int]:
-        return [nvml.nvmlDeviceGetTotalEnergyConsumption(card)]
+        return [pynvml.nvmlDeviceGetTotalEnergyConsumption(card)]
 
-    try:
-        return _Counters(millijoules, 1e-3, [0], "nvml", "whole card"), limit
-    except nvml.NVMLError:  # no energy counter before the Volta generation
-        gpu = nvidia.NvidiaGPU(pids=[], devices_by_pid=False)
-        gpu._handles = [card]
-        return _Power(lambda: gpu.power_usage()[0], "nvml", "whole card by power samples"), limit
+    return _Counters("nvml", "whole card", millijoules, 1e-3, [0])
 
 
-def _rapl_reader() -> _Counters:
-    """A reader of all CPU packages and their memory.
+def _rapl_counters() -> _Counters:
+    """The energy counters of all CPU packages and their memory.
 
-    carbontracker finds and reads the counters; its `power_usage` sleeps for a second a call and
-    gives 0 W when a counter wraps, so the differences are taken here.
+    carbontracker finds and reads them; its `power_usage` sleeps for a second a call and gives 0 W
+    when a counter wraps, so the differences are taken here.
     """
     from carbontracker.components.cpu import intel
 
@@ -216,7 +173,7 @@ def _rapl_reader() -> _Counters:
     def microjoules() -> list[int]:
         return [cpu._read_energy(str(folder)) for folder in folders]
 
-    return _Counters(microjoules, 1e-6, ranges, "rapl", "whole CPU packages")
+    return _Counters("rapl", "whole CPU packages", microjoules, 1e-6, ranges)
 
 
 def device_clock(device: torch.device) -> float:
@@ -228,22 +185,17 @@ def device_clock(device: torch.device) -> float:
     return process_time() if device.type == "cpu" else perf_counter()
 
 
-def estimated_kwh(
-    seconds: float, device_name: str, limit_watts: float | None = None
-) -> tuple[float, str]:
+def estimated_kwh(seconds: float, device_name: str) -> tuple[float, str]:
     """A guess of the energy where nothing measured it, in kWh, and what it is from, in words.
 
-    Device seconds (see `device_clock`) times one constant power: 10 W for a core of a CPU (named
-    with its threads by `device_name`), or a GPU's power limit (`Meter.limit_watts`), or 300 W for
-    any other GPU. It ignores the load.
+    Device seconds (see `device_clock`) times one constant power, whatever the load: 10 W for a
+    core of a CPU (named with its threads by `device_name`), 300 W for a GPU.
     """
     if re.search(r", \d+ threads?$", device_name):
-        watts, source = THREAD_WATTS, f"{THREAD_WATTS:g} W, a guess of a data-centre CPU core"
-    elif limit_watts is not None:
-        watts, source = limit_watts, f"the GPU's power limit of {limit_watts:g} W, from NVML"
+        watts, what = THREAD_WATTS, "CPU core"
     else:
-        watts, source = GPU_WATTS, f"{GPU_WATTS:g} W, a guess of a data-centre GPU"
-    return watts * seconds / JOULES_PER_KWH, source
+        watts, what = GPU_WATTS, "GPU"
+    return watts * seconds / JOULES_PER_KWH, f"{watts:g} W, a guess of a data-centre {what}"
 
 
 def co2_grams(kwh: float | None) -> float | None:
@@ -317,21 +269,6 @@ class Cost:
 
     def __radd__(self, zero: int) -> Cost:
         return self if zero == 0 else NotImplemented  # what sum() starts from
-
-    def scaled(self, fraction: float) -> Cost:
-        """The cost of a share of the rounds, in [0, 1]; the peak stays, counts are rounded."""
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction={fraction}; allowed: 0 to 1")
-        kwh, guess = self.energy_kwh, self.energy_kwh_estimated
-        return replace(
-            self,
-            seconds=self.seconds * fraction,
-            energy_kwh=None if kwh is None else kwh * fraction,
-            energy_kwh_estimated=None if guess is None else guess * fraction,
-            bytes_down=round(self.bytes_down * fraction),
-            bytes_up=round(self.bytes_up * fraction),
-            samples=round(self.samples * fraction),
-        )
 
 
 def _sum(a: float | None, b: float | None) -> float | None:
