@@ -20,7 +20,7 @@ from .models import MultiTaskNet, restrict_state
 from .store import State, Store, provenance
 from .tasks import Batch
 
-KEEP_EVERY = 10  # rounds between the states kept of trajectories that others may start from
+KEPT = 10  # states kept on the way of trajectories that others may start from
 
 
 class TrainingDiverged(RuntimeError):
@@ -198,7 +198,8 @@ def train(
             store.write_rounds(trajectory, rows)
             if affinity_rows:
                 store.write_affinities(trajectory, affinity_rows)
-            if r + 1 == until or (trajectory.fl.measure_rounds and (r + 1) % KEEP_EVERY == 0):
+            on_the_way = trajectory.fl.measure_rounds and (r + 1) % max(1, R // KEPT) == 0
+            if r + 1 == until or on_the_way:
                 kept = f"round_{r + 1:04d}"
                 store.save_checkpoint(trajectory, kept, state, r + 1, data.fingerprint)
             store.save_checkpoint(trajectory, "last", state, r + 1, data.fingerprint)

@@ -145,15 +145,16 @@ def merge_and_split(study: Study, splits: int = 2) -> Recipe:
     from the all-in-one weights for the remaining R - R0 rounds.
     """
     check_splits(study, splits)
-    mas, trunk = study.settings.mas, study.all_in_one()
-    measured = min(mas.affinity_rounds, study.settings.fl.measure_rounds)
-    yield [Need(trunk, max(mas.merge_rounds, measured))]
-    split = best_split(affinity_before_split(study), splits)
+    check_measured(study)
+    R0, trunk = study.settings.mas.merge_rounds, study.all_in_one()
+    study.from_all_in_one(study.tasks)  # an R0 that cannot be is told before anything is trained
+    yield [Need(trunk, R0)]
+    split = best_split(affinity_before_split(study, R0), splits)
     groups = [study.letters(g) for g in split.groups]
     branches = [study.from_all_in_one(group) for group in groups]
     yield [Need(branch, study.rounds) for branch in branches]
-    parts = [Part(trunk, 0, mas.merge_rounds, mas.affinity_rounds)]
-    parts += [Part(branch, mas.merge_rounds, study.rounds) for branch in branches]
+    parts = [Part(trunk, 0, R0, study.settings.mas.affinity_rounds)]
+    parts += [Part(branch, R0, study.rounds) for branch in branches]
     return _result(f"MAS-{splits}", study, groups, branches, parts)
 
 
@@ -164,6 +165,7 @@ def tag(study: Study, splits: int = 2) -> Recipe:
     task in several groups takes its best result.
     """
     check_splits(study, splits)
+    check_measured(study)
     trunk = study.all_in_one()
     yield [Need(trunk, study.rounds)]
     chosen = tag_groups(affinity_before_split(study), splits)
@@ -171,7 +173,7 @@ def tag(study: Study, splits: int = 2) -> Recipe:
     trained = [study.from_scratch(group) for group in groups]
     yield [Need(t, study.rounds) for t in trained]
     search = [Part(trunk, 0, study.rounds, study.settings.mas.affinity_rounds)]
-    parts = [Part(t, 0, study.rounds) for t in trained]
+    parts = [Part(t, 0, study.rounds) for t in trained if t != trunk]
     return _result(f"TAG-{splits}", study, groups, trained, parts, search)
 
 
@@ -206,9 +208,9 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
 
 def standalone(study: Study, client: int) -> Recipe:
     """All tasks in one network, trained by one client on its own data (MAS, section 4.5)."""
-    data, model, fl = study.settings.data, study.settings.model, study.settings.fl
-    fl = replace(fl, clients=(client,), clients_per_round=1, measure_rounds=0)
-    trajectory = Trajectory(sort_tasks(study.tasks), study.seed, data, model, fl)
+    fl = replace(study.settings.fl, clients=(client,), clients_per_round=1, measure_rounds=0)
+    alone = replace(study.settings, fl=fl)
+    trajectory = Trajectory(sort_tasks(study.tasks), study.seed, alone.data, alone.model, fl)
     yield [Need(trajectory, study.rounds)]
     parts = [Part(trajectory, 0, study.rounds)]
     return _result(f"standalone-{client}", study, [study.tasks], [trajectory], parts)
@@ -228,8 +230,10 @@ def every_partition(study: Study, splits: int, initialised: bool) -> Generator:
     ]
     distinct = sorted({group for groups in choices for group in groups})
     trained = {group: make(group) for group in distinct}
-    yield [Need(t, study.rounds) for t in trained.values()]
     trunk = [Part(study.all_in_one(), 0, start)] if initialised else []
+    yield [Need(part.trajectory, start) for part in trunk] + [
+        Need(t, study.rounds) for t in trained.values()
+    ]
     name = f"{'initialised' if initialised else 'scratch'}-{splits}"
     results = [
         _result(
@@ -256,24 +260,25 @@ METHODS = {
 TAKES_SPLITS = ("hoa", "tag", "mas")
 
 
-def affinity_before_split(study: Study) -> np.ndarray:
+def affinity_before_split(study: Study, rounds: int | None = None) -> np.ndarray:
     """S-hat (n, n) that a split reads: the all-in-one affinities of the first rounds.
 
     Unweighted mean over steps (already taken), clients, then rounds < affinity_rounds, or the last
-    of these rounds alone. The diagonal is 0, not measured: Eq. 4 defines it.
+    of these rounds alone; never of rounds from `rounds` on, where the split is made earlier. The
+    diagonal is 0, not measured: Eq. 4 defines it.
     """
-    mas, measured = study.settings.mas, study.settings.fl.measure_rounds
-    if not measured:
-        raise UserError("fl.measure_rounds=0: no affinities to split by; allowed: 1 and more")
-    values = study.store.affinities(study.all_in_one()).values[: mas.affinity_rounds]
+    mas = study.settings.mas
+    values = study.store.affinities(study.all_in_one()).values[:rounds][: mas.affinity_rounds]
     per_round = values.mean(1)  # (T, K, n, n) -> (T, n, n)
     S = per_round[-1] if mas.affinity_at == "last" else per_round.mean(0)
     np.fill_diagonal(S, 0.0)
     return S
 
 
-def part_cost(store: Store, part: Part) -> Cost:
+def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
     """What a stretch of a trajectory cost when it was trained, by its record.
+
+    A trajectory that was not trained to its end does not say on what; then `like` speaks for it.
 
     Seconds are those of local training and averaging. Affinities are measured in more rounds than
     a method asks for; the time of those measurements is left out, and energy in proportion.
@@ -283,9 +288,8 @@ def part_cost(store: Store, part: Part) -> Cost:
     extra = rows["affinity_seconds"].where(rows["round"] >= part.affinity_rounds, 0.0)
     seconds = rows["seconds"] - extra
     joules = rows["joules"] * (seconds / rows["seconds"])
-    result = store.result(part.trajectory) or {}
-    device = result.get("device", "1 thread")
-    estimate, source = estimated_kwh(seconds.sum(), device)
+    result = store.result(part.trajectory) or store.result(like or part.trajectory) or {}
+    estimate, source = estimated_kwh(seconds.sum(), result.get("device", ", 1 thread"))
     measured = joules.notna().all()
     return Cost(
         seconds=float(seconds.sum()),
@@ -333,8 +337,8 @@ def _result(
         groups=tuple(groups),
         losses={a: min(x[a] for x in best if a in x) for a in study.tasks},
         losses_last={a: min(x[a] for x in last if a in x) for a in study.tasks},
-        cost=sum(part_cost(study.store, p) for p in everything),
-        search_cost=sum(part_cost(study.store, p) for p in search) if search else None,
+        cost=sum(part_cost(study.store, p, trained[0]) for p in everything),
+        search_cost=sum(part_cost(study.store, p, trained[0]) for p in search) if search else None,
         parts=tuple(everything),
     )
 
@@ -347,3 +351,8 @@ def check_splits(study: Study, splits: int = 1) -> None:
     """A UserError for a number of groups that the task set does not have."""
     if not 1 <= splits <= len(study.tasks):
         raise UserError(f"splits={splits}; {study.tasks} allows 1 to {len(study.tasks)}")
+
+
+def check_measured(study: Study) -> None:
+    if not study.settings.fl.measure_rounds:
+        raise UserError("fl.measure_rounds=0: no affinities to split by; allowed: 1 and more")

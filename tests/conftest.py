@@ -72,7 +72,7 @@ def settings():
         Model("tiny", output_stride=4),
         FL(rounds=4, clients_per_round=2, batch_size=4, measure_rounds=4, affinity_every=2,
            evaluate_every=2),
-        Mas(merge_rounds=2, affinity_rounds=2),
+        Mas(merge_rounds=2, affinity_rounds=2, lr_schedule="continue"),
     )  # fmt: skip
 
 
