@@ -65,21 +65,26 @@ class Store:
         """Ids of all trajectories that have a record."""
         return sorted(path.parent.name for path in self.root.glob("*/config.json"))
 
-    def trajectory(self, id_: str) -> Trajectory:
-        """The configuration of a record; a UserError if it is absent or does not match its id."""
+    def trajectory(self, id_: str, parent: Trajectory | None = None) -> Trajectory:
+        """The configuration of a record; a UserError if it is absent or does not match its id.
+
+        Its parent is read from its own record, unless it is the `parent` given.
+        """
         path = self.folder(id_) / "config.json"
         values = self._read_json(path)
         if values is None:
             raise UserError(f"no record {id_} in {self.root}")
         try:
             fl = values["fl"] | {"clients": _as_tuple(values["fl"]["clients"])}
+            if values["parent"] != (parent.id if parent else None):
+                parent = self.trajectory(values["parent"]) if values["parent"] else None
             trajectory = Trajectory(
                 tasks=values["tasks"],
                 seed=values["seed"],
                 data=Data(**values["data"]),
                 model=Model(**values["model"]),
                 fl=FL(**fl),
-                parent=self.trajectory(values["parent"]) if values["parent"] else None,
+                parent=parent,
                 start_round=values["start_round"],
                 lr_from=values["lr_from"],
             )
@@ -96,7 +101,7 @@ class Store:
         """A UserError where a record's configuration does not match its id; looks once."""
         id_ = trajectory.id
         if id_ not in self._checked and (self.folder(id_) / "config.json").exists():
-            self.trajectory(id_)
+            self.trajectory(id_, trajectory.parent)
             self._checked.add(id_)
 
     def result(self, trajectory: Trajectory | str) -> dict[str, Any] | None:
@@ -133,7 +138,13 @@ class Store:
         """Hold a trajectory for writing; the operating system frees it when the process dies."""
         folder = self.folder(trajectory)
         self._make(folder)
-        with filelock.FileLock(folder / "training.lock"):
+        try:
+            held = filelock.FileLock(folder / "training.lock").acquire()
+        except OSError as error:
+            raise UserError(f"cannot write records under {self.results}: {error}") from None
+        with held:
+            for left in folder.rglob("*.part"):  # by a process that was killed
+                left.unlink()
             yield
 
     # Writing; the caller holds the lock.
@@ -182,13 +193,14 @@ class Store:
         remedy = f"delete {path.parent} to train from the start"
         try:
             with safe_open(path, framework="pt") as file:
-                about = file.metadata()
+                about = file.metadata() or {}
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"checkpoint {path} cannot be read ({error}); {remedy}") from None
         shapes = {k: t.shape for k, t in state.items() if not k.startswith("balance.")}
         wanted = {k: t.shape for k, t in like.items() if not k.startswith("balance.")}
-        if about.get("trajectory") != trajectory.id or shapes != wanted:
+        known = about.get("trajectory") == trajectory.id and {"round", "data"} <= about.keys()
+        if not known or shapes != wanted:
             raise UserError(f"checkpoint {path} holds another network's weights; {remedy}")
         if about["data"] != fingerprint:
             raise UserError(
@@ -216,16 +228,16 @@ class Store:
         data = content.encode() if isinstance(content, str) else content
         try:
             handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
         except OSError as error:
             raise UserError(f"cannot write records under {self.results}: {error}") from None
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
 
 
 def open_store(preset: str = "small", results: Path | str = "results") -> Store:
