@@ -179,7 +179,7 @@ def run(
                 str(data_folder), device, threads,
             )  # fmt: skip
             out[future] = need
-        if not out:
+        if not out and not any(all(map(_satisfied, needs[n])) for n in active):
             break
         finished, _ = wait(out, timeout=1.0, return_when=FIRST_COMPLETED)
         for future in finished:

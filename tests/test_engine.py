@@ -1,0 +1,297 @@
+"""Recipes driven to their end: order, sharing, failures, lost workers, processes."""
+
+import shutil
+import threading
+import time
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+from test_methods import make_record
+
+from mas_core import engine
+from mas_core.config import Trajectory, UserError
+from mas_core.engine import (
+    EngineError,
+    Progress,
+    choose_device,
+    collect,
+    local_workers,
+    run,
+    threads_per_worker,
+    with_ancestors,
+)
+from mas_core.federated import TrainingDiverged, is_done, train
+from mas_core.methods import Need, Study, merge_and_split
+from mas_core.store import Store
+
+VARY = ["seconds", "joules", "affinity_seconds"]
+
+
+@pytest.fixture
+def single(settings):
+    """Function of letters: a trajectory that measures nothing."""
+    fl = replace(settings.fl, measure_rounds=0)
+    return lambda tasks, **how: Trajectory(tasks, 0, settings.data, settings.model, fl, **how)
+
+
+def recipe(*stages, value="done"):
+    """A recipe that needs one list of Needs after the other."""
+    for stage in stages:
+        yield list(stage)
+    return value
+
+
+class Jobs:
+    """Stands for train_job: makes records, keeps what was asked, fails where it is told to."""
+
+    def __init__(self, monkeypatch, seconds=0.0):
+        self.asked, self.errors, self.seconds = [], {}, seconds
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        monkeypatch.setattr(engine, "train_job", self)
+
+    def __call__(self, trajectory, until, results, preset, data_folder, device, threads):
+        with self.lock:
+            self.asked.append(Need(trajectory, until))
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(self.seconds)
+        try:
+            error = self.errors.get(trajectory.tasks)
+            if error is not None:
+                raise error
+            make_record(Store(results, preset), Need(trajectory, until))
+        finally:
+            with self.lock:
+                self.now -= 1
+
+
+def test_recipes_go_on_when_their_needs_are_on_record(single, store, monkeypatch, tmp_path):
+    jobs, (d, k, t) = Jobs(monkeypatch), map(single, "dkt")
+    recipes = {
+        "two": recipe([Need(d, 4)], [Need(k, 4), Need(t, 2)], value=2),
+        "one": recipe([Need(k, 4)], value=1),
+        "none": recipe(value=0),
+        "empty": recipe([], value=[]),
+    }
+    assert run(recipes, store, tmp_path) == {"two": 2, "one": 1, "none": 0, "empty": []}
+    assert sorted((n.trajectory.tasks, n.until) for n in jobs.asked) == [
+        ("d", 4), ("k", 4), ("t", 2)
+    ]  # fmt: skip
+    assert [n.trajectory.tasks for n in jobs.asked].index("t") == 2  # asked for later
+    assert run({"again": recipe([Need(d, 4), Need(t, 2)])}, store, tmp_path) == {"again": "done"}
+    assert len(jobs.asked) == 3
+
+
+def test_a_trajectory_that_several_need_is_trained_once_to_the_furthest(
+    single, store, monkeypatch, tmp_path
+):
+    jobs, d = Jobs(monkeypatch), single("d")
+    run({i: recipe([Need(d, u)]) for i, u in enumerate((2, 4, 3))}, store, tmp_path)
+    assert jobs.asked == [Need(d, 4)]
+
+
+def test_parents_come_before_children(single, store, monkeypatch, tmp_path):
+    jobs, whole = Jobs(monkeypatch), single("dkt")
+    child = replace(single("dk"), parent=whole, start_round=2)
+    grandchild = replace(single("d"), parent=child, start_round=3)
+    assert with_ancestors(Need(grandchild, 4)) == [
+        Need(whole, 2), Need(child, 3), Need(grandchild, 4)
+    ]  # fmt: skip
+    pool = ThreadPoolExecutor(3)
+    run({0: recipe([Need(grandchild, 4)]), 1: recipe([Need(single("t"), 4)])},
+        store, tmp_path, executor=pool, slots=3)  # fmt: skip
+    order = [n for n in jobs.asked if n.trajectory.tasks != "t"]
+    assert order == [Need(whole, 2), Need(child, 3), Need(grandchild, 4)]
+
+
+def test_a_parent_is_not_trained_for_a_child_that_is_on_record(
+    single, store, monkeypatch, tmp_path
+):
+    jobs, whole = Jobs(monkeypatch), single("dk")
+    child = replace(single("d"), parent=whole, start_round=2)
+    make_record(store, Need(child, 4))
+    assert run({0: recipe([Need(child, 4)])}, store, tmp_path) == {0: "done"}
+    assert jobs.asked == []
+
+
+def test_no_more_jobs_are_out_than_slots(single, store, monkeypatch, tmp_path):
+    jobs = Jobs(monkeypatch, seconds=0.1)
+    progress = Progress()
+    with ThreadPoolExecutor(6) as pool:
+        run({0: recipe([Need(single(a), 4) for a in "sdnkte"])}, store, tmp_path,
+            executor=pool, slots=2, progress=progress)  # fmt: skip
+    assert len(jobs.asked) == 6 and jobs.most == 2
+    assert (progress.done, progress.failed) == (6, 0)
+    assert progress.running == [] == progress.waiting
+
+
+def test_a_failure_is_told_once_and_the_others_finish(single, store, monkeypatch, tmp_path):
+    jobs, whole = Jobs(monkeypatch), single("dkt")
+    jobs.errors["dkt"] = TrainingDiverged("the loss of task 'd' is nan")
+    child = replace(single("d"), parent=whole, start_round=2)
+    finished = []
+
+    def independent():
+        yield [Need(single("n"), 4)]
+        yield [Need(single("e"), 4)]  # needed after the failure
+        finished.append("independent")
+
+    recipes = {
+        "bad": recipe([Need(whole, 4)]),
+        "worse": recipe([Need(whole, 2), Need(single("s"), 4)]),
+        "child": recipe([Need(child, 4)]),
+        "good": independent(),
+    }
+    progress = Progress()
+    with pytest.raises(EngineError) as error:
+        run(recipes, store, tmp_path, progress=progress)
+    text = str(error.value)
+    assert text.startswith("1 trajectories failed") and text.count("Traceback") == 1
+    assert text.count("TrainingDiverged: the loss of task 'd' is nan") == 1
+    assert text.count(whole.id) == 1 and "in __call__" in text  # where it was raised
+    assert finished == ["independent"] and progress.failed == 1
+    assert is_done(single("n"), 4, store) and is_done(single("e"), 4, store)
+    assert [n.trajectory.tasks for n in jobs.asked].count("dkt") == 1
+    assert "d" not in [n.trajectory.tasks for n in jobs.asked]
+
+
+def test_two_failures_are_both_told(single, store, monkeypatch, tmp_path):
+    jobs = Jobs(monkeypatch)
+    jobs.errors |= {"d": RuntimeError("the first"), "k": UserError("the second")}
+    recipes = {a: recipe([Need(single(a), 4)]) for a in "dkt"}
+    with pytest.raises(EngineError, match="2 trajectories failed") as error:
+        run(recipes, store, tmp_path)
+    assert "the first" in str(error.value) and "the second" in str(error.value)
+    assert is_done(single("t"), 4, store)
+
+
+def test_bad_input_stays_one_line(single, store, monkeypatch, tmp_path):
+    jobs = Jobs(monkeypatch)
+    jobs.errors["d"] = UserError("data folder x does not exist")
+    with pytest.raises(UserError, match="^data folder x does not exist$"):
+        run({0: recipe([Need(single("d"), 4)])}, store, tmp_path)
+
+
+def test_an_interruption_ends_the_run(single, store, monkeypatch, tmp_path):
+    jobs = Jobs(monkeypatch)
+    jobs.errors["k"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run({a: recipe([Need(single(a), 4)]) for a in "dkt"}, store, tmp_path)
+    assert is_done(single("d"), 4, store) and not is_done(single("t"), 4, store)
+
+
+def test_what_another_process_finishes_meanwhile_counts(single, store, monkeypatch, tmp_path):
+    """Between looking at a recipe's needs and handing them out, another driver finished them."""
+    jobs, d, seen = Jobs(monkeypatch), single("d"), []
+
+    def looks_once(trajectory, until, store):
+        if not seen:
+            seen.append(trajectory)
+            make_record(store, Need(d, 4))
+            return False
+        return is_done(trajectory, until, store)
+
+    monkeypatch.setattr(engine, "is_done", looks_once)
+    assert run({"mine": recipe([Need(d, 4)], value=5)}, store, tmp_path) == {"mine": 5}
+    assert jobs.asked == []
+
+
+class LosesWorkers(Executor):
+    """Every trajectory's first jobs end with their worker, some rounds after they began."""
+
+    class Lost(Exception):
+        pass
+
+    def __init__(self, rounds):
+        self.rounds, self.submitted = rounds, 0
+
+    def submit(self, fn, trajectory, until, results, preset, folder, device, threads):
+        future = Future()
+        if self.submitted < len(self.rounds):
+            reach = self.rounds[self.submitted]
+            if reach:
+                train(trajectory, reach, Store(results, preset), folder)
+            future.set_exception(self.Lost())
+        else:
+            future.set_result(fn(trajectory, until, results, preset, folder, device, threads))
+        self.submitted += 1
+        return future
+
+
+def test_the_job_of_a_lost_worker_is_handed_out_again_and_resumes(single, store, folder, tmp_path):
+    d, executor = single("d"), LosesWorkers([1, 3])
+    found = run({0: recipe([Need(d, 4)])}, store, folder, executor=executor,
+                resubmit=(LosesWorkers.Lost,))  # fmt: skip
+    assert found == {0: "done"} and executor.submitted == 3
+    other = Store(tmp_path / "other", "small")
+    train(d, 4, other, folder)
+    a, b = (load_file(s.checkpoint_path(d, "last")) for s in (store, other))
+    assert all((a[k] == b[k]).all() for k in b)
+
+
+def test_a_job_that_loses_its_worker_without_progress_fails(single, store, folder):
+    executor = LosesWorkers([2, 0, 0, 0])
+    with pytest.raises(EngineError, match="Lost"):
+        run({0: recipe([Need(single("d"), 4)])}, store, folder, executor=executor,
+            resubmit=(LosesWorkers.Lost,))  # fmt: skip
+    assert executor.submitted == 2
+
+
+def test_a_lost_worker_is_a_failure_where_it_is_not_expected(single, store, folder):
+    with pytest.raises(EngineError, match="Lost"):
+        run({0: recipe([Need(single("d"), 4)])}, store, folder, executor=LosesWorkers([1]))
+
+
+def test_two_processes_give_the_records_of_one(settings, folder, store, tmp_path):
+    """MAS-2 on two spawned workers and in this process, one thread each: the same bits.
+
+    An error crosses from there as it does from here.
+    """
+    settings = replace(settings, fl=replace(settings.fl, rounds=3))
+    stores, results = [store, Store(tmp_path / "other", "small")], []
+    with local_workers(2) as pool:
+        unknown = replace(Study("k", settings, 0, store).all_in_one(), seed=9)
+        with pytest.raises(UserError, match="nowhere does not exist"):
+            run({0: recipe([Need(unknown, 3)])}, store, tmp_path / "nowhere", executor=pool)
+        shutil.rmtree(store.root)
+        for s, executor in zip(stores, (pool, None), strict=True):
+            recipes = {0: merge_and_split(Study("dkt", settings, 0, s))}
+            results.append(
+                run(recipes, s, folder, executor=executor, threads=1, slots=2 if executor else 1)[0]
+            )
+    assert results[0].groups == results[1].groups and results[0].losses == results[1].losses
+    ids = stores[0].ids()
+    assert ids == stores[1].ids() and len(ids) == 3
+    for id_ in ids:
+        a, b = (s.rounds(id_).drop(columns=VARY).to_csv() for s in stores)
+        assert a == b
+        a, b = (load_file(s.folder(id_) / "checkpoints" / "last.safetensors") for s in stores)
+        assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+
+
+def test_collect_reads_records_alone(single, store, monkeypatch):
+    jobs, (d, k) = Jobs(monkeypatch), map(single, "dk")
+    make = lambda: {  # noqa: E731
+        "later": recipe([Need(d, 4)], [Need(k, 4)], value=1), "k": recipe([Need(k, 4)], value=2)
+    }  # fmt: skip
+    assert collect(make(), store) == ({}, [Need(d, 4), Need(k, 4)])
+    make_record(store, Need(d, 4))
+    assert collect(make(), store) == ({}, [Need(k, 4), Need(k, 4)])
+    make_record(store, Need(k, 4))
+    assert collect(make(), store) == ({"later": 1, "k": 2}, [])
+    assert jobs.asked == []
+
+
+def test_devices_and_threads(monkeypatch):
+    monkeypatch.setattr(engine.torch.cuda, "is_available", lambda: False)
+    assert choose_device() == "cpu" == choose_device("cpu")
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match="there is no GPU here"):
+            choose_device(name)
+    with pytest.raises(UserError, match="unknown device 'abacus'"):
+        choose_device("abacus")
+    monkeypatch.setattr(engine.os, "cpu_count", lambda: 8)
+    assert [threads_per_worker(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
