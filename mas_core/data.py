@@ -108,19 +108,13 @@ class FederatedData:
         """Batches of rows of `views[split]`; row N + i is row i mirrored."""
         if not set(letters) <= set(self.letters):
             raise UserError(f"tasks {letters!r} of data opened for {self.letters!r}")
-        if self._decoded_bytes() <= self.cache_bytes:
-            return self._cached_batches(split, letters, device, steps)
-        loaded = _one_ahead(partial(self._encoded, split, domains_of(letters)), steps)
-        return (_batch(_decode(raw, letters, device, flip)) for raw, flip in loaded)
-
-    def _cached_batches(
-        self, split: str, letters: str, device: torch.device, steps: list[np.ndarray]
-    ) -> Iterator[Batch]:
+        if self._decoded_bytes() > self.cache_bytes:
+            loaded = _one_ahead(partial(self._encoded, split, domains_of(letters)), steps)
+            return (_batch(_decode(raw, letters, device, flip)) for raw, flip in loaded)
         whole = self._decoded_split(split, device)
-        for rows in steps:
-            index = torch.from_numpy(rows).to(device, non_blocking=True)
-            names = ("image", "mask", *letters)
-            yield _batch({name: whole[name].index_select(0, index) for name in names})
+        whole = {name: whole[name] for name in ("image", "mask", *letters)}
+        indices = (torch.from_numpy(rows).to(device, non_blocking=True) for rows in steps)
+        return (_batch({n: t.index_select(0, i) for n, t in whole.items()}) for i in indices)
 
     def _encoded(
         self, split: str, domains: Sequence[str], rows: np.ndarray
@@ -136,10 +130,9 @@ class FederatedData:
         key = (split, str(device))
         if key not in self._cache:
             rows = np.arange(len(self.views[split]) * (2 if split == "train" else 1))
-            parts = []
-            for some in np.array_split(rows, math.ceil(len(rows) / 256)):
-                raw, flip = self._encoded(split, domains_of(self.letters), some)
-                parts.append(_decode(raw, self.letters, device, flip))
+            chunks = np.array_split(rows, math.ceil(len(rows) / 256))
+            encoded = (self._encoded(split, domains_of(self.letters), chunk) for chunk in chunks)
+            parts = [_decode(raw, self.letters, device, flip) for raw, flip in encoded]
             # Parts are dropped on the way, so that the split is not held twice.
             self._cache[key] = {
                 name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])
@@ -199,16 +192,20 @@ def open_data(
     """
     folder, needed = Path(folder), domains_of(check_tasks(letters))
     prepared = _prepared(folder, data.size)
-    names = sorted(json.loads((prepared / "summary.json").read_text())["buildings"])
-    names = names[: data.buildings]
-    if len(names) < data.buildings:
-        raise UserError(f"{folder} has {len(names)} buildings; {data.buildings} are asked for")
+    found = sorted(json.loads((prepared / "summary.json").read_text())["buildings"])
+    if len(found) < data.buildings:
+        raise UserError(f"{folder} has {len(found)} buildings; {data.buildings} are asked for")
+    names = found[: data.buildings]
     arrays, content = [], []
     places: dict[str, list[tuple[int, int]]] = {split: [] for split in SPLITS}
     for client, name in enumerate(names):
         try:
             record = json.loads((prepared / name / "views.json").read_text())
-            _check_domains(record["domains"], letters)
+            lacking = [domain for domain in needed if domain not in record["domains"]]
+            if lacking:
+                tasks = "".join(a for a in letters if TASKS[a].domain in lacking) or letters
+                raise UserError(f"lacks domain {', '.join(lacking)} (tasks {tasks}); "
+                                f"prepared are: {', '.join(record['domains'])}")  # fmt: skip
             views = [(point, view) for point, view in record["views"]]
             parts = split_indices(views, data.split, stream(data.split_seed, "split", name))
             opened = [open_array(prepared / name, d, len(views), data.size) for d in needed]
@@ -216,8 +213,8 @@ def open_data(
         except UserError as error:
             raise UserError(f"building {name} of {folder} {error}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"{prepared / name} is damaged, mas prepare repairs it"
-            raise UserError(f"{what} ({error})") from None
+            damaged = f"{prepared / name} is damaged, mas prepare repairs it"
+            raise UserError(f"{damaged} ({error})") from None
         signed = [a.view(np.int16) if a.dtype.itemsize == 2 else a for a in opened]
         arrays.append(dict(zip(needed, map(torch.from_numpy, signed), strict=True)))
         for split in SPLITS:
@@ -227,14 +224,6 @@ def open_data(
             raise UserError(f"{folder} has no {split} views: a building is split from 3 points on")
     table = {split: np.array(places[split]) for split in SPLITS}
     return FederatedData(names, letters, data.size, hash_json(content), table, arrays, cache_bytes)
-
-
-def _check_domains(there: Sequence[str], letters: str) -> None:
-    lacking = [domain for domain in domains_of(letters) if domain not in there]
-    if lacking:
-        tasks = "".join(a for a in letters if TASKS[a].domain in lacking)
-        raise UserError(f"lacks domain {', '.join(lacking)} (tasks {tasks or letters}); "
-                        f"prepared are: {', '.join(there)}")  # fmt: skip
 
 
 def _prepared(folder: Path, size: int) -> Path:

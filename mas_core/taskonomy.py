@@ -174,14 +174,14 @@ def prepare(
             listed = problems[:10] + [f"and {len(problems) - 10} more"] * (len(problems) > 10)
             head = f"{len(problems)} files are broken or missing (--skip-broken leaves views out):"
             raise UserError("\n  ".join([head, *listed]))
-        paths = sorted(target.glob("[!.]*/views.json"))
-        records = {path.parent.name: json.loads(path.read_text()) for path in paths}
-        views = {name: len(record["views"]) for name, record in records.items()}
+        records = {path.parent.name: json.loads(path.read_text())
+                   for path in sorted(target.glob("[!.]*/views.json"))}  # fmt: skip
         if not (target / "summary.json").exists():
-            counts = {name: {"views": views[name], "skipped_views": record["skipped_views"]}
-                      for name, record in records.items()}  # fmt: skip
+            counts = {name: {"views": len(r["views"]), "skipped_views": r["skipped_views"]}
+                      for name, r in records.items()}  # fmt: skip
             (target / "summary.tmp").write_text(json.dumps({"buildings": counts}, indent=1))
             os.replace(target / "summary.tmp", target / "summary.json")
+    views = {name: len(record["views"]) for name, record in records.items()}
     skipped = {name: record["skipped"] for name, record in records.items() if record["skipped"]}
     return Prepared(target, views, skipped, tuple(faults))
 
@@ -206,7 +206,7 @@ def _building_names(root: Path, size: int, domains: Sequence[str]) -> list[str]:
             f"{root} lacks {len(lacking)} domains: {', '.join(lacking)} (tasks {letters}); "
             f"to prepare what is there: --domains {' '.join(there)}"
         )
-    return sorted(set().union(*found.values()))
+    return sorted(set().union(*(found[domain] for domain in domains)))
 
 
 def _prepare_building(
@@ -215,10 +215,7 @@ def _prepare_building(
     """Write a building; what keeps it from being written, or None where it is up to date."""
     folder, temporary = target / name, target / f".{name}.tmp"
     views = find_views(root, name, domains)
-    source = {}  # domain -> hash of how its files were found
-    for domain in domains:
-        stamps = [_stamp(files[domain]) for files in views.values() if domain in files]
-        source[domain] = hash_json([FORMAT, size, stamps])
+    source = {domain: _source(views, domain, size) for domain in domains}
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         record = json.loads((folder / "views.json").read_text())
         for domain in domains:
@@ -230,9 +227,9 @@ def _prepare_building(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     kept, problems, content = _write_arrays(temporary, views, size, domains)
-    if problems and not (skip_broken and kept):
+    if not kept or (problems and not skip_broken):
         shutil.rmtree(temporary)
-        return problems
+        return problems or [f"building {name} has no images"]
     record = {"domains": domains, "source": source, "content": content, "views": kept,
               "skipped": problems, "skipped_views": len(views) - len(kept)}  # fmt: skip
     (temporary / "views.json").write_text(json.dumps(record))
@@ -241,10 +238,14 @@ def _prepare_building(
     return []
 
 
-def _stamp(path: Path) -> tuple[str, int, int] | None:
-    with contextlib.suppress(OSError):  # a link to nothing: read_png will say so
-        status = path.stat()
-        return path.name, status.st_size, status.st_mtime_ns
+def _source(views: dict[View, Files], domain: str, size: int) -> str:
+    """A hash of how a domain's files were found: names, sizes and times."""
+    found: list[Any] = [FORMAT, size]
+    for path in (files[domain] for files in views.values() if domain in files):
+        with contextlib.suppress(OSError):  # a link to nothing: read_png will say so
+            status = path.stat()
+            found.append((path.name, status.st_size, status.st_mtime_ns))
+    return hash_json(found)
 
 
 def _write_arrays(
@@ -256,8 +257,7 @@ def _write_arrays(
     content = {domain: hashlib.sha256() for domain in domains}
     with contextlib.ExitStack() as stack:
         arrays = {d: stack.enter_context(open(folder / f"{d}.npy", "wb")) for d in domains}
-        for domain, file in arrays.items():
-            _write_header(file, domain, len(views), size)
+        _write_headers(arrays, len(views), size)
         for view, files in views.items():
             images, faults = _read_view(files, size, domains)
             problems += faults
@@ -266,9 +266,7 @@ def _write_arrays(
                 for domain, image in images.items():
                     arrays[domain].write(image)
                     content[domain].update(image)
-        for domain, file in arrays.items():
-            file.seek(0)  # the header has room for any number of views
-            _write_header(file, domain, len(kept), size)
+        _write_headers(arrays, len(kept), size)  # they have room for any number of views
     return kept, problems, {domain: digest.hexdigest() for domain, digest in content.items()}
 
 
@@ -294,10 +292,12 @@ def _read_view(
     return images, faults
 
 
-def _write_header(file: BinaryIO, domain: str, views: int, size: int) -> None:
-    dtype, shape = _array_type(domain, views, size)
-    header = {"descr": dtype, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
+def _write_headers(arrays: dict[str, BinaryIO], views: int, size: int) -> None:
+    for domain, file in arrays.items():
+        file.seek(0)
+        dtype, shape = _array_type(domain, views, size)
+        header = {"descr": dtype, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
 
 
 def _array_type(domain: str, views: int, size: int) -> tuple[str, tuple[int, ...]]:

@@ -285,6 +285,11 @@ def test_requests_that_cannot_be_met(tmp_path):
     write(root, {"c": 3}, domains=DOMAINS[-1:])
     with pytest.raises(UserError, match=f"b/point_0_view_0.*{DOMAINS[-1]} is missing"):
         quietly(root)
+    (root / "rgb" / "d").mkdir()
+    with pytest.raises(UserError, match="\n  building d has no images"):
+        quietly(root, domains=DOMAINS[:2])
+    (root / "rgb" / "d").rmdir()
+    assert quietly(root, domains=DOMAINS[:2]).views == {"b": 6}  # c has nothing of these
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="Not a directory: .*file"):
         quietly(root, domains=DOMAINS[:2], out=tmp_path / "file")
