@@ -28,11 +28,13 @@ def demo(results: Path, data: Path | None, workers: int | None, device: str | No
     found = train_recipes(recipes, study, data, workers, device)
     constant = study.store.result(study.all_in_one())["test_constant"]
     print(method_table(found.values(), constant))
-    print(f"\nMAS split {study.tasks} into {' and '.join(found['MAS-2'].groups)} by the affinities "
-          f"of the first {study.settings.mas.affinity_rounds} rounds, and continued both from round "
-          f"{study.settings.mas.merge_rounds}.")  # fmt: skip
-    print("Smoke numbers prove the machinery, not the paper: procedural rooms, 32 px, "
-          f"{study.rounds} rounds. For the paper's comparison: mas reproduce --preset small")  # fmt: skip
+    groups, mas = " and ".join(found["MAS-2"].groups), study.settings.mas
+    print(
+        f"\nMAS split {study.tasks} into {groups} by the affinities of the first "
+        f"{mas.affinity_rounds} rounds, and continued both from round {mas.merge_rounds}.\n"
+        f"Smoke numbers prove the machinery, not the paper: procedural rooms, 32 px, "
+        f"{study.rounds} rounds. For the paper's comparison: mas reproduce --preset small"
+    )
     path = study.store.root / "demo.png"
     draw(found, constant, path)
     print(f"Picture: {path}")

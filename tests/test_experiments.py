@@ -1,0 +1,146 @@
+"""What each figure asks for: recipes, what they share, what is said when it is not there."""
+
+from dataclasses import replace
+
+import pytest
+
+from mas_core import experiments, federated
+from mas_core.engine import collect
+from mas_core.experiments import Missing, ask, needs
+from mas_core.store import Store
+
+TINY = {
+    "data.source": "taskonomy", "data.size": 16, "data.buildings": 4, "fl.batch_size": 4,
+    "fl.rounds": 4, "fl.measure_rounds": 4, "mas.merge_rounds": 2, "mas.affinity_rounds": 2,
+}  # fmt: skip
+METHODS = {"one-by-one", "all-in-one", "fedprox", "gradnorm"}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """An empty store of the small preset, as it is."""
+    return Store(tmp_path / "results", "small")
+
+
+def names(recipes):
+    return {(method, tasks) for method, tasks, _ in recipes}
+
+
+def of(tasks, *groups):
+    return {(method, tasks) for group in groups for method in group}
+
+
+def x(name, low, high):
+    return {f"{name}-{i}" for i in range(low, high + 1)}
+
+
+def test_figures_compare_the_papers_methods(small):
+    five = METHODS | x("MAS", 2, 4) | x("TAG", 2, 4) | x("HOA", 2, 4)
+    nine = METHODS | x("MAS", 2, 5) | x("TAG", 2, 4)
+    assert names(experiments.figure_5(small, 0, {})) == of("sdnkt", five)
+    assert names(experiments.figure_6(small, 0, {})) == of("erckt", five) | of("sdnkterca", nine)
+    assert names(experiments.figure_1(small, 0, {})) == of("sdnkterca", nine)
+    tables = {f"{s}-{n}" for s in ("MAS", "scratch", "initialised") for n in (2, 3)}
+    assert names(experiments.table_1(small, 0, {})) == of("sdnkt", tables) | of("erckt", tables)
+    alone = {f"standalone-{k}" for k in range(32)} | {"all-in-one", "MAS-2"}
+    assert names(experiments.figure_9(small, 0, {})) == of("sdnkt", alone)
+    sweep = {f"MAS-2 R0={r}" for r in range(10, 100, 10)}
+    sets = ("sdnkt", "erckt", "sdnkterca")
+    assert names(experiments.figure_8(small, 0, {})) == set().union(*(of(s, sweep) for s in sets))
+    ek = {f"all-in-one E={e}" for e in (1, 2, 5, 10)}
+    ek |= {f"all-in-one K={k}" for k in (2, 4, 6, 8, 16)}
+    assert names(experiments.figure_10(small, 0, {})) == set().union(*(of(s, ek) for s in sets))
+    more = {f"{m} K={k}" for m in ("all-in-one", "MAS-2") for k in (4, 8)}
+    assert names(experiments.table_2(small, 0, {})) == of("sdnkt", more)
+    assert names(experiments.figure_7(small, 0, {})) == {("all-in-one", "sdnkterca")}
+    assert names(experiments.supplement_figure_3(small, 0, {})) == {("all-in-one", s) for s in sets}
+    assert names(experiments.tour(small, 0, {})) == of("sdnkt", {"one-by-one", "all-in-one",
+                                                                 "MAS-2"})  # fmt: skip
+
+
+def first_needs(experiment, store, seed=0, overrides=None):
+    return {n.trajectory for n in needs(experiment(store, seed, overrides or {}), store)}
+
+
+def test_the_trunk_is_one_trajectory_for_all_figures(small):
+    """All-in-one of sdnkt serves the comparison, the R0 sweep, the tables and the defaults."""
+    s = experiments.study(small, "sdnkt", 0, {})
+    trunk = s.all_in_one()
+    for experiment in (
+        experiments.figure_5, experiments.figure_8, experiments.figure_9, experiments.figure_10,
+        experiments.table_1, experiments.table_2, experiments.tour, experiments.ablation,
+        experiments.supplement_tables_1_2, experiments.supplement_figure_3,
+    ):  # fmt: skip
+        assert trunk in first_needs(experiment, small), experiment.__name__
+    # Nine merge rounds, three task sets: three trunks.
+    assert len(first_needs(experiments.figure_8, small)) == 3
+    # E and K once each but for the default, which is one trajectory.
+    assert len(first_needs(experiments.figure_10, small)) == 3 * (3 + 4 + 1)
+
+
+def test_singles_and_pairs_serve_one_by_one_and_hoa(small):
+    needed = first_needs(experiments.figure_5, small)
+    plain = {t for t in needed if t.fl.method == "fedavg"}
+    assert sorted(len(t.tasks) for t in plain) == [1] * 5 + [2] * 10 + [5]
+    assert len(needed - plain) == 2
+    assert first_needs(experiments.tour, small) <= plain
+
+
+def test_seeds_and_overrides_reach_every_trajectory(small):
+    for seed, overrides in ((3, {}), (0, {"fl.local_epochs": 7}), (0, {"data.render_seed": 5})):
+        changed = first_needs(experiments.figure_5, small, seed, overrides)
+        assert changed.isdisjoint(first_needs(experiments.figure_5, small))
+        assert {t.seed for t in changed} == {seed}
+        assert {t.fl.local_epochs for t in changed} == {overrides.get("fl.local_epochs", 1)}
+
+
+def test_missing_records_name_the_command(small):
+    with pytest.raises(Missing, match="at least 1 trajectories .* mas reproduce figure_7 --preset"):
+        ask(experiments.figure_7, small)
+    with pytest.raises(Missing, match="train them with: mas reproduce figure_07"):
+        ask(experiments.figure_7, small, command="mas reproduce figure_07")
+    assert ask(experiments.figure_7, small, partial=True) == {}
+    assert not small.root.exists()
+
+
+def test_asking_trains_what_is_missing_when_told_to_and_only_then(folder, tmp_path, monkeypatch):
+    store, real, trained = Store(tmp_path, "smoke"), federated.run_round, []
+
+    def logged(net, state, trajectory, round_, data):
+        trained.append((trajectory.tasks, trajectory.seed, round_))
+        return real(net, state, trajectory, round_, data)
+
+    monkeypatch.setattr(federated, "run_round", logged)
+
+    def pair(store, seed, overrides):
+        return experiments.explore_affinities(store, seed, overrides, "dk")
+
+    how = {"overrides": TINY, "seeds": (0, 1)}
+    found = ask(pair, store, **how, train_missing=True, data_folder=str(folder))
+    assert set(found) == {("all-in-one", "dk", 0), ("all-in-one", "dk", 1)}
+    assert sorted(trained) == [("dk", s, r) for s in (0, 1) for r in range(4)]
+    assert ask(pair, store, **how) == found and len(trained) == 8
+    assert ask(pair, store, seeds=(0, 2), overrides=TINY, partial=True).keys() == {
+        ("all-in-one", "dk", 0)
+    }
+    with pytest.raises(Missing, match="at least 1 "):
+        ask(pair, store, seeds=(0, 2), overrides=TINY)
+
+
+def test_needs_are_those_that_are_not_on_record(folder, tmp_path):
+    store = Store(tmp_path, "smoke")
+    s = experiments.study(store, "sdnkt", 0, TINY)
+    asked = list(needs(experiments.tour(store, 0, TINY), store))
+    assert [n.trajectory.tasks for n in asked] == ["s", "d", "n", "k", "t", "sdnkt", "sdnkt"]
+    federated.train(s.from_scratch("k"), 4, store, folder)
+    later = list(needs(experiments.tour(store, 0, TINY), store))
+    assert later == [n for n in asked if n.trajectory.tasks != "k"]
+    assert collect({}, store) == ({}, [])
+
+
+def test_small_buildings_limit_the_clients_asked_for(small):
+    few = {"data.buildings": 6}
+    keys = {m for m, _, _ in experiments.figure_10(small, 0, few)}
+    assert keys & {f"all-in-one K={k}" for k in (2, 4, 6)} and "all-in-one K=8" not in keys
+    settings = experiments.study(small, "sdnkt", 0, few).settings
+    assert settings == replace(settings, data=replace(settings.data, buildings=6))

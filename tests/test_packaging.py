@@ -1,0 +1,171 @@
+"""One list of dependencies, a core that imports without the notebook stack, clean code."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mas_core
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = [
+    "affinity", "config", "cost", "data", "engine", "evaluate", "experiments", "federated", "local",
+    "methods", "models", "split", "store", "tasks", "rooms", "__main__",
+]  # fmt: skip
+ABSENT = [
+    "IPython", "carbontracker", "dask", "distributed", "ipywidgets", "jupyterlab", "matplotlib",
+    "nbformat", "papermill", "seaborn",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def run(code, cwd=ROOT):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def name_of(requirement):
+    return re.match(r"[A-Za-z0-9_.-]+", requirement)[0].lower()
+
+
+def test_ruff_finds_nothing():
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", "."],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_core_imports_without_notebooks_plots_and_carbontracker():
+    run(f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {ABSENT}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import importlib, mas_core
+for name in {CORE}:
+    importlib.import_module("mas_core." + name)
+for name in mas_core.__all__:
+    getattr(mas_core, name)
+assert not set({ABSENT}) & set(sys.modules)
+from mas_core.cost import Meter
+with Meter("cpu") as meter:
+    pass
+assert meter.joules is None and meter.how.startswith("not measured"), meter.how
+""")
+
+
+def test_help_and_import_do_not_wait_for_pytorch():
+    run("""
+import sys, contextlib, io
+import mas_core
+from mas_core.__main__ import main
+for arguments in (["--help"], ["run", "--help"]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main(arguments)
+    assert "usage: mas" in out.getvalue()
+assert not {"torch", "numpy", "pandas"} & set(sys.modules)
+""")
+
+
+def test_names_that_readme_and_notebooks_use(tmp_path):
+    for name in ("best_split", "self_affinity", "lookahead_affinity", "MultiTaskNet", "open_store",
+                 "methods", "settings", "merge", "TASKS"):  # fmt: skip
+        assert name in dir(mas_core) and getattr(mas_core, name) is not None
+    assert mas_core.methods.merge_and_split and mas_core.open_store("smoke", tmp_path)
+    with pytest.raises(AttributeError, match="no attribute 'train_everything'"):
+        mas_core.train_everything  # noqa: B018
+
+
+def test_imports_run_one_way():
+    """tasks, config -> data, models -> local, affinity, split -> federated -> methods -> engine."""
+    order = ["config", "tasks", "taskonomy", "data", "models", "split", "cost", "affinity", "local",
+             "evaluate", "store", "federated", "methods", "engine", "experiments", "demo",
+             "reproduce", "plan", "__main__"]  # fmt: skip
+    for place, name in enumerate(order):
+        path = ROOT / "mas_core" / f"{name}.py"
+        if not path.exists():
+            continue
+        body = ast.parse(path.read_text()).body
+        imported = {n.module for n in body if isinstance(n, ast.ImportFrom) and n.level}
+        assert not imported & set(order[place:]), f"{name} imports {imported & set(order[place:])}"
+
+
+def test_environment_installs_the_package(project):
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == "mas"
+    conda = [d for d in environment["dependencies"] if isinstance(d, str)]
+    (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    assert sorted(d.partition("=")[0] for d in conda) == ["pip", "python"]  # no second list
+    (package,) = pip
+    extras = re.fullmatch(r"-e \.\[([\w,]+)\]", package)[1].split(",")
+    assert set(extras) <= set(project["project"]["optional-dependencies"]) and "test" in extras
+    (python,) = [d.partition("=")[2].strip("=") for d in conda if d.startswith("python")]
+    lowest = project["project"]["requires-python"].removeprefix(">=")
+    assert tuple(map(int, python.split("."))) >= tuple(map(int, lowest.split(".")))
+
+
+def imported_by(folder):
+    """Top-level names of what the package's files import."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"mas_core"}
+
+
+def test_what_is_imported_is_declared(project):
+    modules = {"pillow": "PIL", "dask-jobqueue": "dask_jobqueue", "dask": "dask distributed"}
+    listed = [*project["project"]["dependencies"]]
+    listed += project["project"]["optional-dependencies"]["dask"]
+    declared = {m for d in listed for m in modules.get(name_of(d), name_of(d)).split()}
+    assert imported_by(ROOT / "mas_core") <= declared | {"nbformat"}  # papermill brings it
+
+
+def test_dependencies_and_extras(project):
+    names = {name_of(d) for d in project["project"]["dependencies"]}
+    assert {
+        "torch", "torchvision", "numpy", "pandas", "matplotlib", "seaborn", "jupyterlab",
+        "papermill", "ipywidgets", "carbontracker", "safetensors", "tqdm", "scipy", "pillow",
+    } <= names  # fmt: skip
+    torch = next(d for d in project["project"]["dependencies"] if name_of(d) == "torch")
+    assert torch == "torch>=2.9"
+    extras = project["project"]["optional-dependencies"]
+    assert set(extras) == {"test", "dask"}
+    assert {"pytest", "nbval", "ruff"} <= {name_of(d) for d in extras["test"]}
+
+
+def test_console_script_and_licence(project):
+    assert project["project"]["scripts"] == {"mas": "mas_core.__main__:main"}
+    (script,) = [e for e in metadata.entry_points(group="console_scripts") if e.name == "mas"]
+    assert script.value == "mas_core.__main__:main"
+    assert "MIT License" in (ROOT / "LICENSE").read_text()
+    assert project["project"]["license"] == "MIT"
+
+
+def test_readme_begins_with_two_commands(project):
+    readme = (ROOT / "README.md").read_text()
+    first_screen = "\n".join(readme.splitlines()[:30])
+    commands = re.findall(r"```bash\n(.+?)\n```", first_screen, re.S)
+    assert len(commands) == 2 and all("\n" not in c for c in commands)
+    demo, tests = commands
+    assert demo.endswith("mas demo") and tests.endswith("pytest")
+    extras = re.search(r"\.\[([\w,]+)\]", tests)[1].split(",")
+    assert set(extras) <= set(project["project"]["optional-dependencies"])
+    assert f".[{','.join(extras)}]" in (ROOT / ".ci" / "run").read_text()
