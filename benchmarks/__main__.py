@@ -1,0 +1,51 @@
+"""Run every benchmark, each in a fresh interpreter, and write results/benchmarks/<device>.json.
+
+python -m benchmarks [NAME ...] [--quick] [--results DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .timing import about
+
+NAMES = (
+    "fl_loop", "data_loading", "evaluation", "affinity_cost", "affinity_agreement", "splitting",
+    "workers", "rendering", "startup", "small_step",
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(NAMES)}")
+    parser.add_argument("--quick", action="store_true", help="smallest shapes, one repeat")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    asked = parser.parse_args(arguments)
+    unknown = set(asked.names) - set(NAMES)
+    if unknown:
+        parser.error(f"unknown benchmark {min(unknown)!r}; allowed: {', '.join(NAMES)}")
+    told, found, failed = about("cpu"), {}, []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in asked.names or NAMES:
+            print(f"\n{name}", flush=True)
+            rows = Path(scratch, f"{name}.json")
+            command = [sys.executable, "-m", f"benchmarks.{name}", "--json", rows,
+                       "--data", Path(scratch, "data"), *["--quick"] * asked.quick]  # fmt: skip
+            if subprocess.run(command).returncode:
+                failed.append(name)
+            else:
+                found[name] = json.loads(rows.read_text())
+    path = asked.results / "benchmarks" / f"{told['slug']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**told, "quick": asked.quick, "subjects": found}, indent=1) + "\n")
+    print(f"\nwritten to {path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

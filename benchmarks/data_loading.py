@@ -1,0 +1,83 @@
+"""Images per second into training, all nine domains at 256 px, against opening PNGs.
+
+The reference is a DataLoader of two persistent workers that open and decode the nine PNGs of every
+view; both sides end with decoded batches in this process. The project's reader is measured as it
+trains on data that does not fit into memory (rows of memory-mapped arrays, one batch ahead) and on
+data that does (decoded once).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from mas_core.config import Data, stream
+from mas_core.data import FederatedData, ensure_rooms, open_data
+from mas_core.taskonomy import find_views
+from mas_core.tasks import DOMAINS, Batch, decode_batch
+
+from .timing import Row, compare, in_turns, main, wall
+
+TASKS = "sdnkterca"
+
+
+class Pngs(Dataset):
+    """Views of a building, each opened as nine PNGs."""
+
+    def __init__(self, files: list[dict[str, Path]]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        arrays = {domain: np.array(Image.open(path)) for domain, path in self.files[index].items()}
+        return {
+            domain: torch.from_numpy(a.astype(np.int32) if a.dtype == np.uint16 else a)
+            for domain, a in arrays.items()
+        }
+
+
+def measure(quick: bool, folder: Path) -> list[Row]:
+    size, views, batch_size, epochs = (32, 12, 4, 1) if quick else (256, 40, 8, 3)
+    config = Data(size=size, buildings=1, views=views)
+    rooms = ensure_rooms(config, folder / f"rooms-1-{size}px", 1 if quick else None, False)
+    mapped = open_data(config, rooms, TASKS, cache_bytes=0)
+    cached = open_data(config, rooms, TASKS)
+    images = mapped.count(0, "train") // batch_size * batch_size * epochs
+    files = list(find_views(rooms, mapped.names[0], DOMAINS).values())
+    loader = DataLoader(Pngs((files * epochs * 2)[:images]), batch_size, shuffle=True,
+                        num_workers=2, persistent_workers=True)  # fmt: skip
+
+    def epochs_of(data: FederatedData) -> Iterator[Batch]:
+        for epoch in range(epochs):
+            yield from data.epoch(0, TASKS, batch_size, stream(0, "epoch", epoch), "cpu")
+
+    reference = "a DataLoader of 2 workers opening PNGs"
+    seconds = in_turns(
+        {
+            "memory-mapped arrays": lambda: _consume(epochs_of(mapped)),
+            "arrays decoded once": lambda: _consume(epochs_of(cached)),
+            reference: lambda: _consume(decode_batch(raw, TASKS) for raw in loader),
+        },
+        1 if quick else 3,
+        wall,
+    )
+    rows = []
+    for subject in list(seconds)[:2]:
+        per_second = images / np.median(seconds[subject])
+        note = f"{per_second:.0f} images/s of {size} px, nine domains, batches of {batch_size}"
+        rows.append(compare(seconds, subject, reference, "speed", ">= 10", note))
+    return rows
+
+
+def _consume(batches: Iterator[Batch]) -> None:
+    for _ in batches:
+        pass
+
+
+if __name__ == "__main__":
+    main(measure)

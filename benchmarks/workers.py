@@ -1,0 +1,50 @@
+"""Trajectories per hour: two worker processes of one thread on two cores, against one.
+
+Both sides run through `engine.run` on worker processes that are already up, so that starting
+Python and importing PyTorch, once a run, is not counted.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from mas_core.config import Trajectory
+from mas_core.engine import local_workers, run
+from mas_core.methods import Need
+from mas_core.store import Store
+
+from .scenes import prepared
+from .timing import Row, compare, in_turns, main, wall
+
+
+def measure(quick: bool, folder: Path) -> list[Row]:
+    rounds, jobs = (1, 2) if quick else (6, 4)
+    preset, rooms = prepared(quick, folder)
+    fl = replace(preset.fl, rounds=rounds)
+    trajectories = [Trajectory("sd", s, preset.data, preset.model, fl) for s in range(jobs)]
+
+    def train_all(executor: Executor, workers: int) -> None:
+        with tempfile.TemporaryDirectory() as results:
+            recipes = {t.id: _recipe(t) for t in trajectories}
+            run(recipes, Store(results, "bench"), rooms, "cpu", executor, 1, workers)
+
+    with local_workers(2) as two, local_workers(1) as one:
+        seconds = in_turns(
+            {"two workers": lambda: train_all(two, 2), "one worker": lambda: train_all(one, 1)},
+            1 if quick else 3,
+            wall,
+        )
+    per_hour = jobs / median(seconds["two workers"]) * 3600
+    note = f"trajectories of {rounds} rounds; {per_hour:.0f} an hour with two"
+    return [compare(seconds, "two workers", "one worker", "speed", ">= 1.7", note)]
+
+
+def _recipe(trajectory: Trajectory) -> Iterator[list[Need]]:
+    yield [Need(trajectory, trajectory.fl.rounds)]
+
+
+if __name__ == "__main__":
+    main(measure)
