@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
                            help="a parameter of the notebooks")  # fmt: skip
     scale = reproduce.add_mutually_exclusive_group()
     scale.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler, or its scheduler file")
-    scale.add_argument("--slurm", metavar="PARTITION", help="start Slurm workers, one GPU each")
+    scale.add_argument("--slurm", metavar="PARTITION",
+                       help="train on --workers Slurm jobs, one GPU each")  # fmt: skip
     reproduce.add_argument("--dry-run", action="store_true", help="print the Slurm job script")
     plan.set_defaults(function=_plan)
     reproduce.set_defaults(function=_reproduce)
@@ -168,19 +169,21 @@ def train_recipes(
 
     if workers < 1:
         raise UserError(f"--workers {workers}; allowed: 1 and more")
-    device = engine.choose_device(device)
+    elsewhere = bool(dask or slurm)  # where a GPU here says nothing
+    device = (device or "cuda") if elsewhere else engine.choose_device(device)
     folder = ensure_rooms(study.settings.data, data)
     with contextlib.ExitStack() as stack:
-        shown = stack.enter_context(progress_bar(study.store))
         executor, threads, slots, resubmit = None, None, workers, ()
-        if dask or slurm:
-            from . import cluster
+        if elsewhere:
+            from .cluster import dask_workers, slurm_workers
 
-            opened = cluster.dask_executor(dask) if dask else cluster.slurm_executor(slurm)
+            at = (device, study.store.results, folder)
+            opened = dask_workers(dask, *at) if dask else slurm_workers(slurm, workers, *at)
             executor, slots, resubmit = stack.enter_context(opened)
         elif workers > 1:
             executor = stack.enter_context(engine.local_workers(workers))
             threads = engine.threads_per_worker(workers)
+        shown = stack.enter_context(progress_bar(study.store))
         try:
             return engine.run(recipes, study.store, folder, device, executor, threads, slots,
                               shown, resubmit)  # fmt: skip
@@ -219,6 +222,8 @@ def progress_bar(store: Any) -> Iterator[Any]:
             ]
             left = len(progress.waiting) - sum(n in progress.waiting for n in progress.running)
             text = f"trajectories: {progress.done} done, {len(now)} running, {left} left"
+            text += f", {progress.failed} failed" * bool(progress.failed)
+            text += ", no worker yet" * (progress.workers == 0)
             bar.set_postfix_str(text + (f" ({', '.join(now)})" if now else ""))
 
         def watch() -> None:
@@ -243,8 +248,16 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
+    from .config import UserError
     from .reproduce import reproduce
 
+    if arguments.dry_run:
+        from .cluster import slurm_job_script
+
+        if not arguments.slurm:
+            raise UserError("--dry-run prints a Slurm job script: name the --slurm PARTITION")
+        print(slurm_job_script(arguments.slurm, arguments.device or "cuda"))
+        return 0
     return reproduce(arguments, _overrides(arguments))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -35,6 +36,7 @@ class Progress:
 
     done: int = 0  # trajectories on record, counted when a recipe needs them
     failed: int = 0
+    workers: int = 1  # how many jobs can be out at a time, by now
     running: list[Need] = field(default_factory=list)
     waiting: list[Need] = field(default_factory=list)
 
@@ -100,16 +102,17 @@ def run(
     device: str = "cpu",
     executor: Executor | None = None,
     threads: int | None = None,
-    slots: int = 1,
+    slots: int | Callable[[], int] = 1,
     progress: Progress | None = None,
     resubmit: tuple[type[BaseException], ...] = (),
 ) -> dict[str, Any]:
     """Drive recipes to their end; returns what each returned, by name.
 
-    A trajectory that several recipes need is trained once. At most `slots` jobs are out at a time,
-    parents before children. `resubmit` names errors that mean a worker was lost, not that a job
-    failed: such a job is handed out again and resumes. When a trajectory fails, the recipes that
-    need it stop, the others go on, and an EngineError with every traceback ends the run.
+    A trajectory that several recipes need is trained once. At most `slots` jobs are out at a time
+    (a function where workers come and go), parents before children. `resubmit` names errors that
+    mean a worker was lost, not that a job failed: such a job is handed out again and resumes, if
+    it got a round further. When a trajectory fails, the recipes that need it stop, the others go
+    on, and an EngineError with every traceback ends the run.
     """
     executor = executor or InProcess()
     results: dict[str, Any] = {}
@@ -117,6 +120,9 @@ def run(
     active = dict(recipes)
     failed: dict[str, BaseException] = {}
     out: dict[Future, Need] = {}
+    begun: dict[Future, int] = {}  # rounds on record when it was handed out
+    # Workers elsewhere have their own working directory.
+    where = (os.path.abspath(store.results), store.preset, os.path.abspath(data_folder))
     seen: set[tuple[str, int]] = set()
     progress = Progress() if progress is None else progress
 
@@ -134,11 +140,11 @@ def run(
                 return
 
     def _satisfied(need: Need) -> bool:
-        done = is_done(need.trajectory, need.until, store)
-        if done and (need.trajectory.id, need.until) not in seen:
-            seen.add((need.trajectory.id, need.until))
-            progress.done += 1
-        return done
+        known = (need.trajectory.id, need.until)
+        if known not in seen and is_done(need.trajectory, need.until, store):
+            seen.add(known)
+            progress.done = len({id_ for id_, _ in seen})
+        return known in seen
 
     def ready() -> list[Need]:
         """What could be trained now: one Need a trajectory, to the furthest round asked for."""
@@ -147,9 +153,7 @@ def run(
             for need in needs[name]:
                 for n in with_ancestors(need):
                     known = wanted.get(n.trajectory.id)
-                    if not is_done(n.trajectory, n.until, store) and (
-                        known is None or known.until < n.until
-                    ):
+                    if (known is None or known.until < n.until) and not _satisfied(n):
                         wanted[n.trajectory.id] = n
         busy = {need.trajectory.id for need in out.values()}
         progress.waiting = [n for n in wanted.values() if n.trajectory.id not in busy]
@@ -167,30 +171,42 @@ def run(
         doomed = [
             name
             for name in active
-            if any(n.trajectory.id in failed for need in needs[name] for n in with_ancestors(need))
+            if any(
+                n.trajectory.id in failed and not is_done(n.trajectory, n.until, store)
+                for need in needs[name]
+                for n in with_ancestors(need)
+            )
         ]
         for name in doomed:
             active.pop(name).close()
             needs.pop(name)
-        for need in ready()[: slots - len(out)]:
+        progress.workers = slots() if callable(slots) else slots
+        todo = ready()
+        for need in todo[: max(0, progress.workers - len(out))]:
             progress.running = [*out.values(), need]
+            had = store.rounds_done(need.trajectory)
             future = executor.submit(
-                train_job, need.trajectory, need.until, str(store.results), store.preset,
-                str(data_folder), device, threads,
-            )  # fmt: skip
-            out[future] = need
-        if not out and not any(all(map(_satisfied, needs[n])) for n in active):
+                train_job, need.trajectory, need.until, *where, device, threads
+            )
+            out[future], begun[future] = need, had
+        if not out and not todo and not any(all(map(_satisfied, needs[n])) for n in active):
             break
+        if todo and not out:
+            time.sleep(1.0)  # until there is a worker
         finished, _ = wait(out, timeout=1.0, return_when=FIRST_COMPLETED)
         for future in finished:
             need = out.pop(future)
-            error = future.exception()
-            if error is not None and not isinstance(error, resubmit):
+            if future.cancelled():
+                raise EngineError("the scheduler of the workers is gone; what was done is kept, "
+                                  "the same command continues")  # fmt: skip
+            error, further = future.exception(), store.rounds_done(need.trajectory) > begun[future]
+            if error is not None and not (isinstance(error, resubmit) and further):
                 failed[need.trajectory.id] = error
         for name in list(active):
             if all(_satisfied(n) for n in needs[name]):
                 resume(name)
         progress.failed, progress.running = len(failed), list(out.values())
+    progress.waiting = [n for n in progress.waiting if not _satisfied(n)]
     if failed:
         if all(isinstance(error, UserError) for error in failed.values()):
             raise next(iter(failed.values()))
