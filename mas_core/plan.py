@@ -305,7 +305,7 @@ def plan(
     curve = pd.DataFrame([times / 3600, times[0] / times], ["hours", "speed-up"], map(str, WORKERS))
     curve = curve if speed.source else curve.iloc[1:]
     lines += ["", "simulated schedule from nothing, by number of equal workers",
-              curve.map(lambda v: f"{v:,.1f}").to_string()]  # fmt: skip
+              curve.map(lambda v: f"{v:,.2f}").to_string()]  # fmt: skip
     return "\n".join(lines)
 
 

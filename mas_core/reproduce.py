@@ -87,12 +87,15 @@ def reproduce(arguments: Namespace, overrides: dict[str, Any]) -> int:
     given = _given(arguments.parameter) | ({"overrides": overrides} if overrides else {})
     parameters = {s: checked(folder / f"{s}.ipynb", standard, given) for s in stems}
     store, failed = open_store(preset, arguments.results), False
-    if collect(recipes_of(stems, store, seeds, overrides), store)[1]:
+
+    def recipes() -> dict[Any, Any]:  # what several notebooks share, once
+        return {k[1:]: r for k, r in recipes_of(stems, store, seeds, overrides).items()}
+
+    if collect(recipes(), store)[1]:
         try:
             train_recipes(
-                recipes_of(stems, store, seeds, overrides), Study("sdnkt", base, 0, store),
-                arguments.data, arguments.workers or 1, arguments.device,
-                arguments.dask, arguments.slurm,
+                recipes(), Study("sdnkt", base, 0, store), arguments.data, arguments.workers or 1,
+                arguments.device, arguments.dask, arguments.slurm,
             )  # fmt: skip
         except EngineError as error:
             print(f"mas: {error}", file=sys.stderr)

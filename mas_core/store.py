@@ -234,7 +234,7 @@ class Store:
                 os.chmod(temporary, 0o644)
                 os.replace(temporary, path)
             except BaseException:
-                os.unlink(temporary)
+                Path(temporary).unlink(missing_ok=True)  # gone if the rename was done
                 raise
         except OSError as error:
             raise UserError(f"cannot write records under {self.results}: {error}") from None
