@@ -15,8 +15,8 @@ from pathlib import Path
 from .timing import about
 
 NAMES = (
-    "fl_loop", "data_loading", "evaluation", "affinity_cost", "affinity_agreement", "splitting",
-    "workers", "rendering", "startup", "small_step",
+    "affinity_cost", "small_step", "evaluation", "splitting", "rendering", "affinity_agreement",
+    "fl_loop", "data_loading", "startup", "workers",
 )  # fmt: skip
 
 
@@ -25,24 +25,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="smallest shapes, one repeat")
     parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--data", type=Path, help="where images are rendered; default: thrown away")
     asked = parser.parse_args(arguments)
     unknown = set(asked.names) - set(NAMES)
     if unknown:
         parser.error(f"unknown benchmark {min(unknown)!r}; allowed: {', '.join(NAMES)}")
     told, found, failed = about("cpu"), {}, []
+    path = asked.results / "benchmarks" / f"{told['slug']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name in asked.names or NAMES:
             print(f"\n{name}", flush=True)
             rows = Path(scratch, f"{name}.json")
             command = [sys.executable, "-m", f"benchmarks.{name}", "--json", rows,
-                       "--data", Path(scratch, "data"), *["--quick"] * asked.quick]  # fmt: skip
+                       "--data", asked.data or scratch, *["--quick"] * asked.quick]  # fmt: skip
             if subprocess.run(command).returncode:
                 failed.append(name)
             else:
                 found[name] = json.loads(rows.read_text())
-    path = asked.results / "benchmarks" / f"{told['slug']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**told, "quick": asked.quick, "subjects": found}, indent=1) + "\n")
+            record = {**told, "quick": asked.quick, "subjects": found}
+            path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nwritten to {path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 

@@ -26,7 +26,7 @@ LR = 0.01
 
 def measure(quick: bool, folder: Path) -> list[Row]:
     rows = []
-    cases = (("sdnkt", "full", 4, "<= 3.3", "3.8"), ("sdnkterca", "half", 2, "<= 4.4", "5.3"))
+    cases = (("sdnkt", "full", 2, "<= 3.3", "3.8"), ("sdnkterca", "half", 2, "<= 4.4", "5.3"))
     for tasks, size, batch_size, reach, released in cases:
         pixels, repeats = (32, 1) if quick else (256, 3)
         net = MultiTaskNet(tasks, "tiny" if quick else size, 16)

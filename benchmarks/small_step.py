@@ -22,7 +22,7 @@ from .timing import Row, compare, in_turns, main
 
 
 def measure(quick: bool, folder: Path) -> list[Row]:
-    preset, steps = settings("smoke" if quick else "small"), 2 if quick else 20
+    preset, steps = settings("smoke" if quick else "small"), 2 if quick else 10
     model, fl = preset.model, preset.fl
     rows = []
     for tasks in ("sdnkt", "d") if quick else ("sdnkt", "sdnkterca", "d"):

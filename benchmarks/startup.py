@@ -23,7 +23,7 @@ def measure(quick: bool, folder: Path) -> list[Row]:
 
     names = ["mas --help", REFERENCE] if quick else list(COMMANDS)
     actions = {name: lambda name=name: start(COMMANDS[name]) for name in names}
-    seconds = in_turns(actions, 1 if quick else 4, wall)
+    seconds = in_turns(actions, 1 if quick else 3, wall)
     return [
         compare(seconds, name, REFERENCE, "time", REACHES.get(name, ""),
                 f"{median(seconds[name]):.2f} s")

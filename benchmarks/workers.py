@@ -21,7 +21,7 @@ from .timing import Row, compare, in_turns, main, wall
 
 
 def measure(quick: bool, folder: Path) -> list[Row]:
-    rounds, jobs = (1, 2) if quick else (6, 4)
+    rounds, jobs = (1, 2) if quick else (3, 4)
     preset, rooms = prepared(quick, folder)
     fl = replace(preset.fl, rounds=rounds)
     trajectories = [Trajectory("sd", s, preset.data, preset.model, fl) for s in range(jobs)]
@@ -34,7 +34,7 @@ def measure(quick: bool, folder: Path) -> list[Row]:
     with local_workers(2) as two, local_workers(1) as one:
         seconds = in_turns(
             {"two workers": lambda: train_all(two, 2), "one worker": lambda: train_all(one, 1)},
-            1 if quick else 3,
+            1 if quick else 2,
             wall,
         )
     per_hour = jobs / median(seconds["two workers"]) * 3600

@@ -53,7 +53,7 @@ def test_all_together_write_one_file_named_after_the_device(tmp_path, capfd):
 def test_an_unknown_benchmark_is_refused(capsys):
     with pytest.raises(SystemExit):
         run_all(["nonsense"])
-    assert "unknown benchmark 'nonsense'; allowed: fl_loop" in capsys.readouterr().err
+    assert "unknown benchmark 'nonsense'; allowed: affinity_cost" in capsys.readouterr().err
 
 
 def test_actions_take_turns_and_the_first_turn_is_not_counted():
