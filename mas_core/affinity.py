@@ -124,7 +124,9 @@ def lookahead(
             receivers = [j for j in range(len(losses)) if diagonal or j != i]
             outputs = {model.tasks[j]: model.decoders[model.tasks[j]](features) for j in receivers}
             if outputs:
-                S[i, receivers] = 1 - task_losses(outputs, batch) / losses[receivers]
+                before, after = losses[receivers], task_losses(outputs, batch)
+                # A batch without a labelled pixel has loss 0 before and after: no affinity.
+                S[i, receivers] = torch.where(before > 0, 1 - after / before, 0.0)
     return S
 
 
