@@ -200,22 +200,18 @@ def progress_bar(store: Any) -> Iterator[Any]:
 
     from .engine import Progress
 
-    progress, stop, base = Progress(), threading.Event(), {}
+    progress, stop, seen = Progress(), threading.Event(), {}
     with tqdm(unit="round", desc="train", dynamic_ncols=True) as bar:
 
         def show() -> None:
-            needs = {n.trajectory.id: n for n in [*progress.waiting, *progress.running]}
-            for id_, need in needs.items():
-                if id_ not in base:
-                    base[id_] = (need, store.rounds_done(need.trajectory))
-                elif need.until > base[id_][0].until:
-                    base[id_] = (need, base[id_][1])
-            done = {
-                id_: max(0, min(store.rounds_done(n.trajectory), n.until) - first)
-                for id_, (n, first) in base.items()
-            }
-            bar.total = sum(max(0, n.until - first) for n, first in base.values())
-            bar.n = sum(done.values())
+            for need in [*progress.waiting, *progress.running]:
+                id_, done = need.trajectory.id, rounds_done(need)
+                if id_ not in seen:
+                    bar.initial += done  # on record before: no part of the speed
+                if id_ not in seen or need.until > seen[id_].until:
+                    seen[id_] = need
+            bar.total = sum(n.until - n.trajectory.start_round for n in seen.values())
+            bar.n = sum(rounds_done(n) for n in seen.values())
             now = [
                 f"{n.trajectory.tasks} {store.rounds_done(n.trajectory)}/{n.until}"
                 for n in progress.running
@@ -225,6 +221,10 @@ def progress_bar(store: Any) -> Iterator[Any]:
             text += f", {progress.failed} failed" * bool(progress.failed)
             text += ", no worker yet" * (progress.workers == 0)
             bar.set_postfix_str(text + (f" ({', '.join(now)})" if now else ""))
+
+        def rounds_done(need: Any) -> int:
+            recorded = min(store.rounds_done(need.trajectory), need.until)
+            return max(0, recorded - need.trajectory.start_round)
 
         def watch() -> None:
             while not stop.wait(1.0):

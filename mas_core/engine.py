@@ -206,7 +206,9 @@ def run(
             if all(_satisfied(n) for n in needs[name]):
                 resume(name)
         progress.failed, progress.running = len(failed), list(out.values())
+    wait(out)  # a job may still be returning whose record is already complete
     progress.waiting = [n for n in progress.waiting if not _satisfied(n)]
+    progress.running = []
     if failed:
         if all(isinstance(error, UserError) for error in failed.values()):
             raise next(iter(failed.values()))
