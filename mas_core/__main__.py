@@ -205,11 +205,14 @@ def progress_bar(store: Any) -> Iterator[Any]:
 
         def show() -> None:
             for need in [*progress.waiting, *progress.running]:
-                id_, done = need.trajectory.id, rounds_done(need)
-                if id_ not in seen:
-                    bar.initial += done  # on record before: no part of the speed
+                id_ = need.trajectory.id
                 if id_ not in seen or need.until > seen[id_].until:
                     seen[id_] = need
+            # What was on record before is no part of the speed.
+            bar.initial = sum(
+                min(rounds_done(n), progress.begun.get(id_, n.until) - n.trajectory.start_round)
+                for id_, n in seen.items()
+            )
             bar.total = sum(n.until - n.trajectory.start_round for n in seen.values())
             bar.n = sum(rounds_done(n) for n in seen.values())
             now = [

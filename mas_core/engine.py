@@ -38,6 +38,7 @@ class Progress:
     failed: int = 0
     workers: int = 1  # how many jobs can be out at a time, by now
     running: list[Need] = field(default_factory=list)
+    begun: dict[str, int] = field(default_factory=dict)  # id -> rounds on record when handed out
     waiting: list[Need] = field(default_factory=list)
 
 
@@ -183,8 +184,9 @@ def run(
         progress.workers = slots() if callable(slots) else slots
         todo = ready()
         for need in todo[: max(0, progress.workers - len(out))]:
-            progress.running = [*out.values(), need]
             had = store.rounds_done(need.trajectory)
+            progress.begun.setdefault(need.trajectory.id, had)
+            progress.running = [*out.values(), need]
             future = executor.submit(
                 train_job, need.trajectory, need.until, *where, device, threads
             )
