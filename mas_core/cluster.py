@@ -84,8 +84,9 @@ def _slurm_options(partition: str, gpu: bool) -> dict[str, Any]:
 
     site = dask.config.get("jobqueue.slurm")
     return {
-        "queue": partition, "job_name": "mas", "processes": 1, "cores": 1,  # cores: jobs at a time
+        "queue": partition, "job_name": "mas", "processes": 1, "cores": 1,  # cores: jobs at once
         "job_cpu": site["job-cpu"] or 4, "memory": site["memory"] or "16 GiB",
+        "death_timeout": max(300, site["death-timeout"]),  # a slow start is not submitted again
         "job_extra_directives": [*site["job-extra-directives"], *["--gres=gpu:1"] * gpu],
         "worker_extra_args": [*site["worker-extra-args"], *["--resources", "GPU=1"] * gpu],
     }  # fmt: skip
