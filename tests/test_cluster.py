@@ -30,7 +30,7 @@ psutil = pytest.importorskip("psutil")  # with distributed
 pytest.importorskip("dask_jobqueue")
 from mas_core import cluster  # noqa: E402
 
-DEADLINE = 600  # seconds; reached only where something hangs
+DEADLINE = 300  # seconds; reached only where something hangs
 R0, ROUNDS = 12, 16
 # What depends on when and where something ran.
 TIMES = ["seconds", "affinity_seconds", "device_seconds", "joules"]
