@@ -54,7 +54,7 @@ def method_table(results: Iterable[MethodResult], constant: dict[str, float] | N
         rows.append(
             {"method": r.method, "total loss": f"{r.total:.3f}"}
             | losses
-            | {"training s": f"{r.cost.seconds:.0f}", "images": r.cost.samples,
+            | {"training s": f"{r.cost.seconds:.0f}", "images": str(r.cost.samples),
                "groups": " ".join(r.groups)}
         )  # fmt: skip
     if constant:

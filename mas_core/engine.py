@@ -218,7 +218,7 @@ def run(
             f"{id_}:\n{''.join(traceback.format_exception(error))}" for id_, error in failed.items()
         ]
         raise EngineError(f"{len(failed)} trajectories failed\n\n" + "\n".join(texts))
-    return results
+    return {name: results[name] for name in recipes}
 
 
 def with_ancestors(need: Need) -> list[Need]:
