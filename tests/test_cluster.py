@@ -358,9 +358,11 @@ def slurm(tmp_path, monkeypatch):
     jobs = folder / "jobs"
     jobs.touch()
     texts = {
-        "sbatch": f'#!/bin/sh\nsetsid sh "$1" >/dev/null 2>&1 &\necho $! | tee -a {jobs}\n',
+        # Like Slurm it keeps a copy of the script, which its caller deletes.
+        "sbatch": f'#!/bin/sh\ncp "$1" {folder}/$$.sh\nsetsid sh {folder}/$$.sh >/dev/null 2>&1 &\n'
+                  f"echo $! | tee -a {jobs}\n",
         "scancel": '#!/bin/sh\nkill -KILL -- "-$1"\n',
-    }
+    }  # fmt: skip
     for name, text in texts.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
