@@ -261,8 +261,13 @@ def state_at(
 
 
 def load_state(net: MultiTaskNet, state: State) -> None:
-    """Copy a server state into the working network."""
-    net.load_state_dict({k: t for k, t in state.items() if not k.startswith("balance.")})
+    """Copy a server state into the working network, which has the same tensors.
+
+    Before every client: a third of the time of load_state_dict, which checks module by module.
+    """
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            tensor.copy_(state[name])
 
 
 def state_device(net: MultiTaskNet) -> torch.device:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,14 @@ def test_rounded_box_is_flat_on_faces_and_bent_on_edges():
     assert set(np.unique(bent)) == {1, 2, 3}
     want = np.stack([(bent >= 2) / r, (bent == 3) / r], -1)
     assert np.allclose(got["curvature"][hit], want, atol=1e-6)
+
+
+def test_curvature_is_encoded_by_its_saturating_response():
+    r = 2.0  # at which the response is 1/sqrt(2); hollow: negative
+    inside = sh.Prim(sh.QUADRIC, (0, 0, 0), (-2.1, -2.1, -9), (2.1, 2.1, 9), quad=sh.cylinder(r))
+    got = encode(render_view(toy(inside), AHEAD, 32))["principal_curvature"]
+    assert (got[..., 0] == round(255 * (0.5175 - 0.36 / math.sqrt(2)))).all()
+    assert (got[..., 1] == 127).all()
 
 
 def test_encodings_of_known_values():

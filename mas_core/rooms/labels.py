@@ -17,7 +17,7 @@ CURVATURE_FLAT = (0.5175, 0.4987)  # the released normalisation's means
 CURVATURE_GAIN = (0.36, 0.2)
 TEXTURE_GAIN, KEYPOINT_GAIN = 10.0, 2.7
 OCCLUSION_BASE, OCCLUSION_GAIN, OCCLUSION_TAIL = 5.0, 1000.0, 120.0
-CURVATURE_RADIUS_M = 0.5  # radius at which the response has reached 1/sqrt(2) of its limit
+CURVATURE_RADIUS_M = 2.0  # radius at which the response has reached 1/sqrt(2) of its limit
 
 
 def rays(camera, size):
@@ -200,9 +200,11 @@ def occlusion(depth):
 def encode(labels):
     """Taskonomy's files of one view: {domain: uint8 (H, W[, 3]) or uint16 (H, W)}.
 
-    Principal curvature: with x = k * 0.5 m, channel i holds m_i + g_i x / sqrt(1 + x^2), where m
-    are the released normalisation's means (a flat surface) and g = (0.36, 0.2); the third channel
-    is constant.
+    Principal curvature: with x = k * 2 m, channel i holds m_i + g_i x / sqrt(1 + x^2), where m are
+    the released normalisation's means (a flat surface) and g = (0.36, 0.2); the third channel is
+    constant. The response is averaged over a window that falls to half at a tenth of the image, as
+    an estimate from a mesh is averaged over a neighbourhood: where three pixels of four are exactly
+    flat, L1 is least for a network that always says flat.
     """
     rgb, depth = labels["rgb"], labels["depth"]
     size = depth.shape[0]
@@ -214,7 +216,8 @@ def encode(labels):
     curved = np.full((size, size, 3), 127, np.uint8)
     for k in range(2):
         x = labels["curvature"][..., k] * CURVATURE_RADIUS_M
-        y = CURVATURE_FLAT[k] + CURVATURE_GAIN[k] * x / np.sqrt(1.0 + x * x)
+        response = _spread(x / np.sqrt(1.0 + x * x), max(1, size // 10), 2)
+        y = CURVATURE_FLAT[k] + CURVATURE_GAIN[k] * response
         curved[..., k] = np.clip(np.rint(255.0 * y), 0, 255)
 
     red, green, blue = (rgb[..., k].astype(np.int64) for k in range(3))

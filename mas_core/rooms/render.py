@@ -13,7 +13,7 @@ from PIL import Image
 from .labels import DOMAINS, encode, render_view
 from .scene import make_building, make_cameras, stream
 
-RENDERER_VERSION = 4  # part of a folder's identity: raise it whenever a pixel changes
+RENDERER_VERSION = 5  # part of a folder's identity: raise it whenever a pixel changes
 CHUNK = 16  # views a job renders
 
 
