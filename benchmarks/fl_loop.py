@@ -27,7 +27,7 @@ def measure(quick: bool, folder: Path) -> list[Row]:
     preset, rooms = prepared(quick, folder)
     rows = []
     for tasks in ("sdnkt",) if quick else ("sdnkt", "d"):
-        rows += _compare(preset, tasks, rooms, rounds=3 if quick else 4, repeats=1 if quick else 3)
+        rows += _compare(preset, tasks, rooms, rounds=3 if quick else 10, repeats=1 if quick else 5)
     return rows
 
 

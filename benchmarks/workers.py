@@ -1,7 +1,9 @@
 """Trajectories per hour: two worker processes of one thread on two cores, against one.
 
 Both sides run through `engine.run` on worker processes that are already up, so that starting
-Python and importing PyTorch, once a run, is not counted.
+Python and importing PyTorch, once a run, is not counted. What two cores of this machine can do at
+all (they share caches, memory and clock, virtual ones perhaps a core) is measured beside it: two
+processes that train half of the trajectories each, with no engine.
 """
 
 import tempfile
@@ -12,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from mas_core.config import Trajectory
-from mas_core.engine import local_workers, run
+from mas_core.engine import local_workers, run, train_job
 from mas_core.methods import Need
 from mas_core.store import Store
 
@@ -31,15 +33,33 @@ def measure(quick: bool, folder: Path) -> list[Row]:
             recipes = {t.id: _recipe(t) for t in trajectories}
             run(recipes, Store(results, "bench"), rooms, "cpu", executor, 1, workers)
 
+    def train_halves(executor: Executor) -> None:
+        with tempfile.TemporaryDirectory() as results:
+            at = (rounds, results, "bench", str(rooms), "cpu", 1)
+            halves = (trajectories[::2], trajectories[1::2])
+            for future in [executor.submit(_train_one_by_one, half, at) for half in halves]:
+                future.result()
+
     with local_workers(2) as two, local_workers(1) as one:
         seconds = in_turns(
-            {"two workers": lambda: train_all(two, 2), "one worker": lambda: train_all(one, 1)},
-            1 if quick else 2,
+            {"two workers": lambda: train_all(two, 2), "one worker": lambda: train_all(one, 1),
+             "two processes without an engine": lambda: train_halves(two)},
+            1 if quick else 5,
             wall,
-        )
+        )  # fmt: skip
     per_hour = jobs / median(seconds["two workers"]) * 3600
     note = f"trajectories of {rounds} rounds; {per_hour:.0f} an hour with two"
-    return [compare(seconds, "two workers", "one worker", "speed", ">= 1.7", note)]
+    return [
+        compare(seconds, "two workers", "one worker", "speed", ">= 1.7", note),
+        compare(seconds, "two processes without an engine", "one worker", "speed", "",
+                "what the machine's two cores allow"),
+        compare(seconds, "two workers", "two processes without an engine", "speed"),
+    ]  # fmt: skip
+
+
+def _train_one_by_one(trajectories: list[Trajectory], at: tuple) -> None:
+    for trajectory in trajectories:
+        train_job(trajectory, *at)
 
 
 def _recipe(trajectory: Trajectory) -> Iterator[list[Need]]:
