@@ -6,9 +6,10 @@
 Each case is trained on one batch that lies on the GPU:
 
     fp32        eager float32, plain strides, unfused SGD (the reference; no TF32)
-    as trained  `local_update`: bfloat16 autocast, channels_last, fused SGD
+    eager       bfloat16 autocast, channels_last, fused SGD
     compiled    the same with encoder and decoders through torch.compile
-    graph       the same, eager, the whole step captured in a CUDA graph and replayed
+    graph       eager, the whole step captured in a CUDA graph and replayed
+    as trained  `local_update`: eager for large batches, a graph for small ones
 
 A variant that fails on some version of PyTorch is reported and leaves the others alone.
 """
@@ -19,16 +20,17 @@ import argparse
 import copy
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mas_core.affinity import backward_sum
 from mas_core.config import FL
+from mas_core.cuda_graph import Capture, GraphedStep, capture_graph, run_eagerly
 from mas_core.local import local_update
-from mas_core.models import MultiTaskNet, forward_tasks
+from mas_core.models import MultiTaskNet
 from mas_core.tasks import Batch, task_losses
 
 from .affinity_cost import random_batch
@@ -49,7 +51,8 @@ def measure_case(name: str, case: tuple, device: torch.device, repeats: int) -> 
     tasks, size, stride, pixels, batch_size, steps = case
     batch = _to(random_batch(tasks, batch_size, pixels), device)
     net = MultiTaskNet(tasks, size, stride).to(device).train()
-    makers = {REFERENCE: _fp32, "as trained": _as_trained, "compiled": _compiled, "graph": _graph}
+    makers = {REFERENCE: _fp32, "eager": partial(_steps, run_eagerly), "compiled": _compiled,
+              "graph": partial(_steps, capture_graph), "as trained": _as_trained}  # fmt: skip
     if device.type != "cuda":
         del makers["graph"]
     actions: dict[str, Callable[[], None]] = {}
@@ -102,40 +105,24 @@ def _as_trained(net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
     return lambda steps: _done(local_update(net, [batch] * steps, FL(), LR))
 
 
+def _steps(capture: Capture, net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
+    net, batch = net.to(memory_format=torch.channels_last), _last(batch)
+    step = GraphedStep(net, batch, FL(), capture=capture)
+    step.begin(LR)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            step(batch)
+
+    return train
+
+
 def _compiled(net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
     # Without a GPU only the tracing is tried: generating C++ takes minutes.
     backend = "inductor" if batch.image.is_cuda else "eager"
     for part in (net.encoder, *net.decoders.values()):
         part.compile(backend=backend)
-    return _as_trained(net, batch)
-
-
-def _graph(net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
-    net, batch = net.to(memory_format=torch.channels_last), _last(batch)
-    optimizer = torch.optim.SGD(net.parameters(), LR, momentum=0.9, weight_decay=1e-4, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        forward = forward_tasks(net, batch)
-        at_features = forward.backward_decoders()
-        forward.features.backward(backward_sum(at_features, 1.0))
-        optimizer.step()
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # momentum buffers and workspaces exist before the capture
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def train(steps: int) -> None:
-        for _ in range(steps):
-            graph.replay()
-
-    return train
+    return _steps(run_eagerly, net, batch)
 
 
 def _done(result: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from .affinity import backward_sum, encoder_gradients, lookahead
 from .config import FL
 from .cost import device_clock
+from .cuda_graph import graphed_step, sgd
 from .models import MultiTaskNet, forward_tasks
 from .tasks import Batch
 
@@ -56,22 +58,32 @@ def local_update(
     is computed on batch 0, rho, 2 rho, ... counted over all local epochs, at the weights before
     that batch's step; the training itself is bit-identical with and without.
     """
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("a client has no training images")
     net.train()
     parameters = list(net.parameters())
     server = [p.detach().clone() for p in parameters] if fl.method == "fedprox" else []
-    optimizer = torch.optim.SGD(
-        parameters, lr, momentum=fl.momentum, weight_decay=fl.weight_decay, fused=True
-    )
     scale = 1.0
     if fl.encoder_grad_scale == "sqrt":  # the released code, for several decoders
         scale = 1.0 / math.sqrt(len(net.tasks))
+    graphed = graphed_step(net, first, fl, scale)
+    if graphed:
+        graphed.begin(lr)
+    optimizer = graphed.optimizer if graphed else sgd(parameters, lr, fl)
     losses, affinities, samples, affinity_seconds = [], [], 0, 0.0
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(chain([first], batches)):
+        samples += len(batch)
+        measured = measure and step % fl.affinity_every == 0
+        if graphed and not measured and batch.image.shape == first.image.shape:
+            losses.append(graphed(batch))
+            continue
         optimizer.zero_grad()
         forward = forward_tasks(net, batch)
         weights = balance.weights if balance else None
         at_features = forward.backward_decoders(weights)
-        if measure and step % fl.affinity_every == 0:
+        if measured:
             begin = _clock(batch)
             before = forward.losses.detach()
             gradients = encoder_gradients(net, forward, at_features, scale)
@@ -86,9 +98,6 @@ def local_update(
         losses.append(forward.losses.detach())
         if balance:
             balance = gradnorm_step(balance, losses[-1], at_features, fl)
-        samples += len(batch)
-    if not losses:
-        raise ValueError("a client has no training images")
     return LocalResult(
         step_losses=torch.stack(losses),
         samples=samples,

@@ -141,6 +141,7 @@ class MultiTaskNet(nn.Module):
         super().__init__()
         self.config = Model(size, output_stride)
         self.tasks = sort_tasks(tasks)
+        self.graphed_steps: dict[tuple, object] = {}  # see cuda_graph.py; only on a GPU
         widths = SIZES[size]
         self.encoder = _seeded(seed, "encoder", lambda: Encoder(widths, output_stride))
         self.decoders = nn.ModuleDict()

@@ -80,7 +80,7 @@ def test_momentum_and_weight_decay_are_used(batches, field, value):
     local_update(net, batches, fl, LR)
     plain_loop(reference, batches, fl, LR)
     plain_loop(other, batches, PLAIN, LR)
-    assert far(net, reference) < 2e-6 < 1e-3 < far(net, other)
+    assert far(net, reference) < 2e-5 < 1e-3 < far(net, other)
 
 
 def test_the_optimizer_starts_anew_for_every_client(batches):
@@ -91,7 +91,7 @@ def test_the_optimizer_starts_anew_for_every_client(batches):
         plain_loop(reference, part, PLAIN, LR)
     carried = fresh()
     plain_loop(carried, batches, PLAIN, LR)
-    assert far(net, reference) < 2e-6 < 1e-3 < far(net, carried)
+    assert far(net, reference) < 2e-5 < 1e-3 < far(net, carried)
 
 
 def test_encoder_gradient_over_the_root_of_the_number_of_tasks(batches):
@@ -99,7 +99,7 @@ def test_encoder_gradient_over_the_root_of_the_number_of_tasks(batches):
     net, reference = fresh(), fresh()
     local_update(net, batches[:3], fl, LR)
     plain_loop(reference, batches[:3], fl, LR, scale=3**-0.5)
-    assert far(net, reference) < 2e-6
+    assert far(net, reference) < 5e-5  # a kink may fall on either side; the effect is 1e-3
     unscaled = fresh()
     local_update(unscaled, batches[:3], replace(fl, encoder_grad_scale="none"), LR)
     assert far(net.encoder, unscaled.encoder) > 1e-3
@@ -167,7 +167,7 @@ def test_fedprox_pulls_back_to_the_servers_weights(batches):
     local_update(net, batches, fl, LR)
     plain_loop(reference, batches, fl, LR, mu=0.5)
     plain_loop(without, batches, fl, LR)
-    assert far(net, reference) < 2e-6 < 1e-3 < far(net, without)
+    assert far(net, reference) < 2e-5 < 1e-3 < far(net, without)
 
 
 def test_fedprox_second_step_by_hand(batches):
@@ -244,7 +244,7 @@ def test_gradnorm_trains_on_the_weighted_losses(batches):
     result = local_update(net, batches, fl, LR, balance=Balance(weights))
     losses = plain_loop(reference, batches, fl, LR, weights=weights)
     plain_loop(unweighted, batches, fl, LR)
-    assert far(net, reference) < 2e-6 < 1e-3 < far(net, unweighted)
+    assert far(net, reference) < 2e-5 < 1e-3 < far(net, unweighted)
     torch.testing.assert_close(result.losses, losses.mean(0), rtol=1e-5, atol=1e-6)  # unweighted
     torch.testing.assert_close(result.balance.weights, weights)
     torch.testing.assert_close(result.balance.initial_losses, losses[0], rtol=1e-5, atol=1e-6)

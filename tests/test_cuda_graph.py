@@ -1,0 +1,83 @@
+"""A captured training step, with a stand-in that runs it eagerly: no test has a GPU."""
+
+import copy
+
+import pytest
+import torch
+
+from mas_core import local
+from mas_core.config import FL
+from mas_core.cuda_graph import GraphedStep, graphed_step, run_eagerly
+from mas_core.local import local_update
+from mas_core.models import MultiTaskNet
+
+PLAIN = FL(batch_size=4, affinity_every=3)
+LR = 0.01
+
+
+@pytest.fixture
+def batches(batch):
+    """Seven batches, the sixth one smaller."""
+    return [batch("dkt", images=3 if s == 5 else 4, seed=s) for s in range(7)]
+
+
+@pytest.fixture
+def net():
+    return MultiTaskNet("dkt", "tiny", 4, seed=2).train()
+
+
+def assert_same_weights(a, b):
+    for name, tensor in a.state_dict().items():
+        assert torch.equal(tensor, b.state_dict()[name]), name
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """local_update takes captured steps that run eagerly; the list of those that were built."""
+    built = []
+
+    def stand_in(net, batch, fl, scale):
+        if not built:
+            built.append(GraphedStep(net, batch, fl, scale, run_eagerly))
+        return built[0]
+
+    monkeypatch.setattr(local, "graphed_step", stand_in)
+    return built
+
+
+def test_building_a_captured_step_leaves_the_network_as_it_was(net, batches):
+    before = copy.deepcopy(net.state_dict())
+    GraphedStep(net, batches[0], PLAIN, capture=run_eagerly)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("fl", [PLAIN, FL(momentum=0.0), FL(encoder_grad_scale="sqrt")])
+def test_captured_steps_train_to_the_same_bits(net, batches, graphs, monkeypatch, fl, measure):
+    other = copy.deepcopy(net)
+    for lr in (LR, LR / 2):  # two clients: momentum starts anew, the learning rate changes
+        result = local_update(net, batches, fl, lr, measure)
+    assert len(graphs) == 1
+    monkeypatch.undo()
+    for lr in (LR, LR / 2):
+        expected = local_update(other, batches, fl, lr, measure)
+    assert_same_weights(net, other)
+    assert torch.equal(result.step_losses, expected.step_losses)
+    assert result.samples == expected.samples == 27
+    if measure:
+        assert torch.equal(result.affinity.nan_to_num(), expected.affinity.nan_to_num())
+
+
+def test_a_replay_that_computes_something_else_is_refused(net, batches):
+    def forgetful(step):
+        losses = step()
+        return lambda: losses, losses  # trains nothing
+
+    with pytest.raises(AssertionError, match="not close"):
+        GraphedStep(net, batches[0], PLAIN, capture=forgetful)
+
+
+def test_nothing_is_captured_without_a_gpu(net, batches):
+    assert graphed_step(net, batches[0], PLAIN, 1.0) is None
+    assert not net.graphed_steps
