@@ -32,19 +32,18 @@ def weighted_mean(states: Iterable[tuple[State, float]]) -> State:
 
     BatchNorm statistics are averaged like weights; integer counters are rounded.
     """
-    total: dict[str, Tensor] = {}
-    kinds: dict[str, torch.dtype] = {}
+    total: list[Tensor] = []
     for state, p in states:
-        for name, tensor in state.items():
-            kinds[name] = tensor.dtype
-            if tensor.is_floating_point():
-                share = tensor * p
-            else:
-                share = tensor.double() * p
-            total[name] = total[name].add_(share) if name in total else share
+        kinds = {name: tensor.dtype for name, tensor in state.items()}
+        wide = [t if t.is_floating_point() else t.double() for t in state.values()]
+        shares = torch._foreach_mul(wide, p)
+        if total:
+            torch._foreach_add_(total, shares)
+        else:
+            total = list(shares)
     return {
-        name: t if kinds[name].is_floating_point else t.round().to(kinds[name])
-        for name, t in total.items()
+        name: t if kind.is_floating_point else t.round().to(kind)
+        for (name, kind), t in zip(kinds.items(), total, strict=True)
     }
 
 
