@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .config import Data, UserError, stream
 from .taskonomy import View, hash_json, open_array, prepare
-from .tasks import TASKS, Batch, check_tasks, decode_batch, domains_of
+from .tasks import INPUT_DOMAIN, TASKS, Batch, check_tasks, decode_batch, domains_of
 
 SPLITS = ("train", "val", "test")
 
@@ -63,7 +63,8 @@ class FederatedData:
     names: list[str]  # clients in sorted order
     letters: str  # the tasks whose labels were opened
     size: int  # pixels
-    fingerprint: str  # hash of views and prepared arrays of these buildings, on any machine
+    fingerprint: str  # hash of what was opened: views, images and labels, on any machine
+    images: str  # hash of views and images alone, equal for all task sets
     views: dict[str, np.ndarray] = field(repr=False)  # split -> (N, 2): client, row in its arrays
     arrays: list[dict[str, Tensor]] = field(repr=False)  # client -> domain -> memory-mapped
     cache_bytes: int
@@ -196,7 +197,7 @@ def open_data(
     if len(found) < data.buildings:
         raise UserError(f"{folder} has {len(found)} buildings; {data.buildings} are asked for")
     names = found[: data.buildings]
-    arrays, content = [], []
+    arrays, content, images = [], [], []
     places: dict[str, list[tuple[int, int]]] = {split: [] for split in SPLITS}
     for client, name in enumerate(names):
         try:
@@ -209,7 +210,8 @@ def open_data(
             views = [(point, view) for point, view in record["views"]]
             parts = split_indices(views, data.split, stream(data.split_seed, "split", name))
             opened = [open_array(prepared / name, d, len(views), data.size) for d in needed]
-            content.append([name, data.size, views, record["content"]])
+            content.append([name, data.size, views, {d: record["content"][d] for d in needed}])
+            images.append([name, data.size, views, record["content"][INPUT_DOMAIN]])
         except UserError as error:
             raise UserError(f"building {name} of {folder} {error}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -223,7 +225,8 @@ def open_data(
         if not places[split]:
             raise UserError(f"{folder} has no {split} views: a building is split from 3 points on")
     table = {split: np.array(places[split]) for split in SPLITS}
-    return FederatedData(names, letters, data.size, hash_json(content), table, arrays, cache_bytes)
+    hashes = hash_json(content), hash_json(images)
+    return FederatedData(names, letters, data.size, *hashes, table, arrays, cache_bytes)
 
 
 def _prepared(folder: Path, size: int) -> Path:

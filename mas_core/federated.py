@@ -297,7 +297,7 @@ def _result(
         "best_round": best_round,
         "test_constant": constant_losses(data, net.tasks, device),
         "test_images": sum(data.count(k, "test") for k in range(len(data.names))),
-        "data": data.fingerprint,
+        "data": data.images,
         "energy_source": meter.how,
         "peak_memory_bytes": peak_memory_bytes(device),
         "device": device_name(device),

@@ -191,13 +191,15 @@ def test_training_opens_no_png_and_changes_no_array(three, monkeypatch):
 
 
 def test_fingerprint_is_of_the_content_not_of_the_folder(three, tmp_path):
-    here = open_data(config(), three, "sd").fingerprint
+    here = open_data(config(), three, "sd")
     shutil.copytree(three, tmp_path / "copy", ignore=shutil.ignore_patterns("prepared"))
     for path in (tmp_path / "copy").rglob("*.png"):
         os.utime(path, (5, 5))
     quietly(tmp_path / "copy")
-    assert open_data(config(), tmp_path / "copy", "kt").fingerprint == here
-    assert open_data(config(2), three, "sd").fingerprint != here
+    assert open_data(config(), tmp_path / "copy", "sd").fingerprint == here.fingerprint
+    other = open_data(config(), tmp_path / "copy", "kt")
+    assert other.images == here.images and other.fingerprint != here.fingerprint
+    assert open_data(config(2), three, "sd").fingerprint != here.fingerprint
 
 
 # --- Opening --------------------------------------------------------------------------------------

@@ -311,7 +311,7 @@ def test_a_trajectory_by_hand(trajectory, folder, opened, store):
         load_state(net, states[at])
         expected = evaluate(net, data.evaluation("test", "dk", 64, "cpu"))
         assert result[key] == pytest.approx(expected, rel=1e-6)
-    assert result["test_images"] == 8 and result["data"] == data.fingerprint
+    assert result["test_images"] == 8 and result["data"] == data.images
     assert json.loads((store.folder(trajectory) / "config.json").read_text()) == json.loads(
         json.dumps(trajectory.to_json())
     )
