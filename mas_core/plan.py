@@ -17,6 +17,7 @@ from .config import Data, Model, Settings, Trajectory, settings, stream
 from .cost import state_bytes
 from .engine import with_ancestors
 from .federated import build, is_done
+from .methods import Part
 from .reproduce import chosen, recipes_of
 from .store import Affinities, Store, open_store
 
@@ -51,9 +52,6 @@ class AssumedStore(Store):
         return found if len(found) else pd.DataFrame({k: [0.0] for k in ("round", *names)})
 
 
-Stretch = tuple[str, int, int, int]  # trajectory id, first round, end, rounds that measure
-
-
 @dataclass
 class Asked:
     """What recipes ask for, run to their end on an AssumedStore."""
@@ -62,7 +60,7 @@ class Asked:
     until: dict[str, int] = field(default_factory=dict)  # the furthest round asked for
     notebooks: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     after: dict[str, set[frozenset]] = field(default_factory=lambda: defaultdict(set))
-    methods: set[frozenset[Stretch]] = field(default_factory=set)  # each as it would run alone
+    methods: set[frozenset[Part]] = field(default_factory=set)  # each as it would run alone
     assumed: int = 0  # recipes that decided by results made up
 
 
@@ -91,12 +89,7 @@ def walk(
                 asked.after[id_].add(frozenset(start | {d for d in decided_by if d[0] != id_}))
             decided_by = frozenset((n.trajectory.id, n.until) for n in needs)
         asked.assumed += made_up
-        parts = {part for result in results for part in result.parts}
-        asked.methods.add(frozenset(
-            (p.trajectory.id, p.begin, p.end, p.affinity_rounds) for p in parts
-        ))  # fmt: skip
-        for part in parts:
-            asked.trajectories.setdefault(part.trajectory.id, part.trajectory)
+        asked.methods.add(frozenset(part for result in results for part in result.parts))
     return asked
 
 
@@ -223,16 +216,15 @@ def schedule(
                 ]
                 if times:
                     ready[id_] = min(times, key=lambda found: found[0])
-        could = [id_ for id_ in waiting if id_ in ready]
-        pick = next((id_ for id_ in could if ready[id_][0] <= now), None)
-        pick = pick or min(could, key=lambda id_: ready[id_][0])
+        starts = {id_: max(now, ready[id_][0]) for id_ in waiting if id_ in ready}
+        pick = min(starts, key=starts.get)
         waiting.remove(pick)
-        began[pick] = max(now, ready[pick][0])
+        began[pick] = starts[pick]
         heapq.heappush(free, began[pick] + work[pick])
     last = max(began, key=lambda id_: began[id_] + work[id_])
-    chain: list[str] = [last]
-    while ready[chain[0]][1] is not None:
-        chain.insert(0, ready[chain[0]][1])
+    chain = [last]
+    while (before := ready[chain[0]][1]) is not None:
+        chain.insert(0, before)
     return began[last] + work[last], chain
 
 
@@ -255,27 +247,23 @@ def plan(
     if images_per_second:
         unit = 1 / images_per_second / 6  # as if an encoder and five decoders cost the same each
         speed = Speed(unit, unit, speed.extra, f"{images_per_second:g} images a second, as given")
-    all_, ids = asked.trajectories, sorted(asked.until)
-    done = sum(is_done(all_[i], asked.until[i], store) for i in ids)
+    all_ = {i: asked.trajectories[i] for i in sorted(asked.until)}
+    span = {i: (t.start_round, asked.until[i]) for i, t in all_.items()}
+    done = {i for i, t in all_.items() if is_done(t, asked.until[i], store)}
     lines = [f"{len(stems)} notebooks, preset {preset}, seeds {' '.join(map(str, seeds))}: "
-             f"{len(ids)} trajectories, {done} on record"]  # fmt: skip
-    if not ids:
+             f"{len(all_)} trajectories, {len(done)} on record"]  # fmt: skip
+    if not all_:
         return lines[0] + "; nothing to train"
-
-    def amount(id_: str, begin: int, end: int, measured: int | None = None) -> np.ndarray:
-        return _amount(all_[id_], begin, end, measured, speed)
-
-    span = {i: (all_[i].start_round, asked.until[i]) for i in ids}
-    reached = {i: span[i][1] if is_done(all_[i], span[i][1], store) else store.rounds_done(all_[i])
-               for i in ids}  # fmt: skip
-    each = {i: amount(i, *span[i]) for i in ids}
-    alone = sum(amount(*stretch) for method in asked.methods for stretch in method)
-    left = sum(amount(i, min(reached[i], span[i][1]), span[i][1]) for i in ids)
+    each = {i: _amount(t, *span[i], None, speed) for i, t in all_.items()}
+    alone = sum(_amount(p.trajectory, p.begin, p.end, p.affinity_rounds, speed)
+                for method in asked.methods for p in method)  # fmt: skip
+    left = sum(_amount(t, min(store.rounds_done(t), span[i][1]), span[i][1], None, speed)
+               for i, t in all_.items() if i not in done)  # fmt: skip
     table = pd.DataFrame(
         {"every method alone": alone, "shared": sum(each.values()), "not on record": left},
         index=["rounds", "training images (M)", "communicated (GB)", "core or GPU hours"],
     ).div([1, 1e6, 1e9, 3600], axis=0)
-    shared_by = pd.Series([len(asked.notebooks[i]) for i in ids]).value_counts().sort_index()
+    shared_by = pd.Series([len(asked.notebooks[i]) for i in all_]).value_counts().sort_index()
     lines += [f"asked for     by {', '.join(f'{n}: {m}' for n, m in shared_by.items())} "
               "(number of notebooks: trajectories)"]  # fmt: skip
     if asked.assumed:
@@ -294,11 +282,12 @@ def plan(
         lines += [f"timed by      {speed.source}; training only, no validation"]
     else:
         lines += ["not timed     no record of this preset: no hours (or name --images-per-second)"]
-    hours = _paper_hours(results)
-    if preset == "paper" and hours:
+    claims = results / "paper" / "claims.csv"
+    if preset == "paper" and claims.exists():
+        hours = float(pd.read_csv(claims, index_col="id").loc["gpu_hours", "value"])
         lines += [f"the paper     {hours:,.0f} V100 hours, without sharing, three seeds for most"]
-    work = {i: float(each[i][3]) for i in ids}
-    longest, chain = schedule(work, span, asked.after, len(ids))
+    work = {i: float(amount[3]) for i, amount in each.items()}
+    longest, chain = schedule(work, span, asked.after, len(work))
     steps = ", then ".join(f"{_named(all_[i], base)} to {span[i][1]}" for i in chain)
     lines += [f"longest chain {steps}: {longest / sum(work.values()):.1%} of the work"]
     times = np.array([schedule(work, span, asked.after, n)[0] for n in WORKERS])
@@ -314,11 +303,3 @@ def _named(t: Trajectory, base: Settings) -> str:
     shown = ("method", "local_epochs", "clients_per_round", "clients", "encoder_grad_scale")
     other = [f"{k}={getattr(t.fl, k)}" for k in shown if getattr(t.fl, k) != getattr(base.fl, k)]
     return " ".join([t.tasks, *other])
-
-
-def _paper_hours(results: Path) -> float | None:
-    """The GPU hours the paper states, from its own numbers under results/paper."""
-    path = Path(results) / "paper" / "claims.csv"
-    if not path.exists():
-        return None
-    return float(pd.read_csv(path, index_col="id").loc["gpu_hours", "value"])

@@ -80,7 +80,7 @@ def test_what_is_shared_is_counted_once(tmp_path):
     R = SMOKE.fl.rounds
     starts = sorted({max(1, R * tenth // 10) for tenth in range(1, 10)})
     distinct = sum(asked.until[i] - asked.trajectories[i].start_round for i in asked.until)
-    alone = sum(end - begin for method in asked.methods for _, begin, end, _ in method)
+    alone = sum(part.end - part.begin for method in asked.methods for part in method)
     task_sets = 3
     assert alone == task_sets * sum(R0 + 2 * (R - R0) for R0 in starts)
     assert distinct == task_sets * (starts[-1] + sum(2 * (R - R0) for R0 in starts))
