@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -64,12 +65,9 @@ class Meter:
     def how(self) -> str:
         if self.joules is None:
             return f"not measured: {self._failure or 'a counter did not move'}"
-        unread = self.device.type == "cuda" and len(self._counters) == 1
-        return (
-            "+".join(c.name for c in self._counters) + ", "
-            + " and ".join(c.scope for c in self._counters)
-            + (" (CPU not measured)" if unread else "")
-        )  # fmt: skip
+        names, scopes = zip(*((c.name, c.scope) for c in self._counters))
+        unread = " (CPU not measured)" if names == ("nvml",) else ""
+        return f"{'+'.join(names)}, {' and '.join(scopes)}{unread}"
 
     def lap(self) -> tuple[float, float | None]:
         """Seconds and joules since the last lap."""
@@ -82,20 +80,19 @@ class Meter:
         self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
-        self._synchronize()
-        self._began = device_clock(self.device)
+        self._began = self._now()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._synchronize()
-        self.seconds += device_clock(self.device) - self._began
+        self.seconds += self._now() - self._began
         self._stopped.set()
         self._watcher.join()
         self._read(count=True)
 
-    def _synchronize(self) -> None:
+    def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return device_clock(self.device)
 
     def _watch(self) -> None:
         while not self._stopped.wait(SAMPLE_SECONDS):
@@ -119,17 +116,16 @@ class _Counters:
     """Joules from counters that only grow, of `unit` joules a count, and wrap at `ranges`."""
 
     def __init__(
-        self, name: str, scope: str, read: Callable[[], list[int]], unit: float, ranges: list[int]
+        self, name: str, scope: str, reads: list[Callable[[], int]], unit: float, ranges: list[int]
     ):
         self.name, self.scope, self.joules = name, scope, 0.0
-        self._read, self._unit, self._ranges, self._last = read, unit, ranges, read()
+        self._reads, self._unit, self._ranges = reads, unit, ranges
+        self._last = [read() for read in reads]
 
     def advance(self, count: bool) -> None:
-        now = self._read()
-        counts = [
-            after - before + (wrap if after < before else 0)
-            for before, after, wrap in zip(self._last, now, self._ranges, strict=True)
-        ]
+        now = [read() for read in self._reads]
+        counts = [after - before + (wrap if after < before else 0)
+                  for before, after, wrap in zip(self._last, now, self._ranges)]  # fmt: skip
         if min(counts) < 0:
             raise OSError(f"a counter of {self.name} went backwards")
         self._last = now
@@ -146,11 +142,8 @@ def _nvml_counters(device: torch.device) -> _Counters:
 
     pynvml.nvmlInit()
     card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-
-    def millijoules() -> list[int]:
-        return [pynvml.nvmlDeviceGetTotalEnergyConsumption(card)]
-
-    return _Counters("nvml", "whole card", millijoules, 1e-3, [0])
+    millijoules = partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, card)
+    return _Counters("nvml", "whole card", [millijoules], 1e-3, [0])
 
 
 def _rapl_counters() -> _Counters:
@@ -169,10 +162,7 @@ def _rapl_counters() -> _Counters:
         raise OSError("RAPL lists no CPU package")
     folders = [Path(intel.RAPL_DIR, name) for name in cpu._rapl_devices]
     ranges = [int((folder / "max_energy_range_uj").read_text()) for folder in folders]
-
-    def microjoules() -> list[int]:
-        return [cpu._read_energy(str(folder)) for folder in folders]
-
+    microjoules = [partial(cpu._read_energy, str(folder)) for folder in folders]
     return _Counters("rapl", "whole CPU packages", microjoules, 1e-6, ranges)
 
 
