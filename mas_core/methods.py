@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -50,36 +51,31 @@ class Study:
 
     def all_in_one(self) -> Trajectory:
         """The merged task, affinities measured on the way: the trunk of MAS and TAG."""
-        return Trajectory(sort_tasks(self.tasks), self.seed, *self._common())
+        data, model, fl = self.settings.data, self.settings.model, self.settings.fl
+        return Trajectory(sort_tasks(self.tasks), self.seed, data, model, fl)
+
+    def unmeasured(self, **changes: Any) -> Study:
+        """The same without affinities, and with `changes` to its federated training."""
+        fl = replace(self.settings.fl, measure_rounds=0, **changes)
+        return replace(self, settings=replace(self.settings, fl=fl))
 
     def from_scratch(self, group: str) -> Trajectory:
         """The tasks of `group` trained from the seed's initial weights."""
-        group = sort_tasks(group)
-        if group == sort_tasks(self.tasks):
-            return self.all_in_one()
-        data, model, fl = self._common()
-        return Trajectory(group, self.seed, data, model, replace(fl, measure_rounds=0))
+        study = self if sorted(group) == sorted(self.tasks) else self.unmeasured()
+        return replace(study.all_in_one(), tasks=sort_tasks(group))
 
     def from_all_in_one(self, group: str) -> Trajectory:
         """The tasks of `group` continued from the all-in-one weights of round R0."""
-        data, model, fl = self._common()
         start = self.settings.mas.merge_rounds
         if start >= self.rounds:
             raise UserError(f"merge_rounds={start}; allowed: 1 to {self.rounds - 1}")
-        restarts = self.settings.mas.lr_schedule == "restart"
-        return Trajectory(
-            sort_tasks(group),
-            self.seed,
-            data,
-            model,
-            replace(fl, measure_rounds=0),
+        return replace(
+            self.unmeasured().all_in_one(),
+            tasks=sort_tasks(group),
             parent=self.all_in_one(),
             start_round=start,
-            lr_from=start if restarts else 0,
+            lr_from=start if self.settings.mas.lr_schedule == "restart" else 0,
         )
-
-    def _common(self) -> tuple:
-        return self.settings.data, self.settings.model, self.settings.fl
 
 
 @dataclass(frozen=True)
@@ -130,12 +126,14 @@ def all_in_one(study: Study) -> Recipe:
 
 def fedprox(study: Study, mu: float = 0.004) -> Recipe:
     """All-in-one with FedProx's mu/2 |theta - theta_server|^2 on every client (Li et al., 2020)."""
-    return (yield from _all_in_one_with("fedprox", study, prox_mu=mu))
+    study = study.unmeasured(method="fedprox", prox_mu=mu)
+    return (yield from _train_groups("fedprox", study, [study.tasks]))
 
 
 def gradnorm(study: Study, alpha: float = 1.5, lr: float = 0.025) -> Recipe:
     """All-in-one with GradNorm's loss weights on the shared representation (Chen et al., 2018)."""
-    return (yield from _all_in_one_with("gradnorm", study, gradnorm_alpha=alpha, gradnorm_lr=lr))
+    study = study.unmeasured(method="gradnorm", gradnorm_alpha=alpha, gradnorm_lr=lr)
+    return (yield from _train_groups("gradnorm", study, [study.tasks]))
 
 
 def merge_and_split(study: Study, splits: int = 2) -> Recipe:
@@ -188,32 +186,27 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
     n = len(study.tasks)
     letters = sort_tasks(study.tasks)
     singles = [study.from_scratch(a) for a in letters]
-    pairs = {
-        (i, j): study.from_scratch(study.letters((i, j))) for i, j in combinations(range(n), 2)
-    }
-    yield [Need(t, study.rounds) for t in (*singles, *pairs.values())]
-    single_losses = np.array([sum(_losses(study, t).values()) for t in singles])
+    pairs = [study.from_scratch(a + b) for a, b in combinations(letters, 2)]
+    yield [Need(t, study.rounds) for t in (*singles, *pairs)]
+    losses = {t.tasks: study.store.result(t)["test_best"] for t in (*singles, *pairs)}
+    single_losses = np.array([losses[a][a] for a in letters])
     pair_losses = np.full((n, n), np.nan)
-    for (i, j), t in pairs.items():
-        losses = _losses(study, t)
-        pair_losses[i, j], pair_losses[j, i] = losses[letters[i]], losses[letters[j]]
+    for i, j in combinations(range(n), 2):
+        of_pair = losses[letters[i] + letters[j]]
+        pair_losses[i, j], pair_losses[j, i] = of_pair[letters[i]], of_pair[letters[j]]
     chosen = hoa_groups(single_losses, pair_losses, splits)
     groups = [study.letters(g) for g in chosen.groups]
     trained = [study.from_scratch(group) for group in groups]
     yield [Need(t, study.rounds) for t in trained]
-    search = [Part(t, 0, study.rounds) for t in (*singles, *pairs.values())]
+    search = [Part(t, 0, study.rounds) for t in (*singles, *pairs)]
     parts = [Part(t, 0, study.rounds) for t in trained if len(t.tasks) > 2]
     return _result(f"HOA-{splits}", study, groups, trained, parts, search)
 
 
 def standalone(study: Study, client: int) -> Recipe:
     """All tasks in one network, trained by one client on its own data (MAS, section 4.5)."""
-    fl = replace(study.settings.fl, clients=(client,), clients_per_round=1, measure_rounds=0)
-    alone = replace(study.settings, fl=fl)
-    trajectory = Trajectory(sort_tasks(study.tasks), study.seed, alone.data, alone.model, fl)
-    yield [Need(trajectory, study.rounds)]
-    parts = [Part(trajectory, 0, study.rounds)]
-    return _result(f"standalone-{client}", study, [study.tasks], [trajectory], parts)
+    study = study.unmeasured(clients=(client,), clients_per_round=1)
+    return (yield from _train_groups(f"standalone-{client}", study, [study.tasks]))
 
 
 def every_partition(study: Study, splits: int, initialised: bool) -> Generator:
@@ -228,23 +221,16 @@ def every_partition(study: Study, splits: int, initialised: bool) -> Generator:
     choices = [
         [study.letters(g) for g in groups] for groups in partitions(len(study.tasks), splits)
     ]
-    distinct = sorted({group for groups in choices for group in groups})
-    trained = {group: make(group) for group in distinct}
+    trained = {group: make(group) for group in sorted({g for groups in choices for g in groups})}
     trunk = [Part(study.all_in_one(), 0, start)] if initialised else []
-    yield [Need(part.trajectory, start) for part in trunk] + [
-        Need(t, study.rounds) for t in trained.values()
-    ]
+    needs = [Need(t, study.rounds) for t in trained.values()]
+    yield [Need(part.trajectory, start) for part in trunk] + needs
     name = f"{'initialised' if initialised else 'scratch'}-{splits}"
-    results = [
-        _result(
-            name,
-            study,
-            groups,
-            [trained[g] for g in groups],
-            [*trunk, *(Part(trained[g], start, study.rounds) for g in groups)],
-        )
-        for groups in choices
-    ]
+    results = []
+    for groups in choices:
+        branches = [trained[group] for group in groups]
+        parts = [*trunk, *(Part(t, start, study.rounds) for t in branches)]
+        results.append(_result(name, study, groups, branches, parts))
     return sorted(results, key=lambda r: r.total)
 
 
@@ -309,15 +295,6 @@ def _train_groups(name: str, study: Study, groups: Sequence[str]) -> Recipe:
     return _result(name, study, groups, trained, [Part(t, 0, study.rounds) for t in trained])
 
 
-def _all_in_one_with(method: str, study: Study, **changes: float) -> Recipe:
-    data, model, fl = study.settings.data, study.settings.model, study.settings.fl
-    fl = replace(fl, method=method, measure_rounds=0, **changes)
-    trajectory = Trajectory(sort_tasks(study.tasks), study.seed, data, model, fl)
-    yield [Need(trajectory, study.rounds)]
-    parts = [Part(trajectory, 0, study.rounds)]
-    return _result(method, study, [study.tasks], [trajectory], parts)
-
-
 def _result(
     name: str,
     study: Study,
@@ -327,9 +304,10 @@ def _result(
     search: Sequence[Part] = (),
 ) -> MethodResult:
     """Every task's lowest validated test loss among the groups that train it, and the costs."""
-    best = [_losses(study, t) for t in trained]
-    last = [_losses(study, t, "test_last") for t in trained]
-    everything = [*search, *parts]
+    found = [study.store.result(t) for t in trained]
+    best, last = ([result[which] for result in found] for which in ("test_best", "test_last"))
+    everything = (*search, *parts)
+    costs = [part_cost(study.store, part, trained[0]) for part in everything]
     return MethodResult(
         method=name,
         tasks=study.tasks,
@@ -337,14 +315,10 @@ def _result(
         groups=tuple(groups),
         losses={a: min(x[a] for x in best if a in x) for a in study.tasks},
         losses_last={a: min(x[a] for x in last if a in x) for a in study.tasks},
-        cost=sum(part_cost(study.store, p, trained[0]) for p in everything),
-        search_cost=sum(part_cost(study.store, p, trained[0]) for p in search) if search else None,
-        parts=tuple(everything),
+        cost=sum(costs),
+        search_cost=sum(costs[: len(search)]) if search else None,
+        parts=everything,
     )
-
-
-def _losses(study: Study, trajectory: Trajectory, which: str = "test_best") -> dict[str, float]:
-    return study.store.result(trajectory)[which]
 
 
 def check_splits(study: Study, splits: int = 1) -> None:
