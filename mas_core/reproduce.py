@@ -228,10 +228,10 @@ def outcome(path: Path, returncode: int) -> str:
         return "failed: no executed copy was written"
     notebook = nbformat.read(path, as_version=4)
     cells = [c for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
-    for cell in cells:
-        for output in cell.outputs:
-            if output.output_type == "error":
-                return f"failed: {output.ename}: {output.evalue.splitlines()[0][:100]}"
+    errors = [o for cell in cells for o in cell.outputs if o.output_type == "error"]
+    if errors:
+        text = errors[0].evalue.partition("\n")[0][:100]  # empty after a bare assert
+        return f"failed: {errors[0].ename}" + (f": {text}" if text else "")
     if any(cell.execution_count is None for cell in cells):
         return "failed: a cell did not finish; did its kernel die?"
     if returncode != 0:

@@ -72,3 +72,9 @@ def test_only_a_notebook_that_ran_to_its_end_is_ok(tmp_path):
     assert (figures / "good.png").read_text() == "[3, 4]"
     assert str(tmp_path) not in (tmp_path / "out" / "good.ipynb").read_text()
 
+
+def test_an_error_without_a_message_is_told_by_its_name(tmp_path):
+    book = notebook("assert False")
+    book.cells[0].outputs = [nbformat.v4.new_output("error", ename="AssertionError", evalue="")]
+    nbformat.write(book, tmp_path / "bare.ipynb")
+    assert reproduce.outcome(tmp_path / "bare.ipynb", 1) == "failed: AssertionError"
