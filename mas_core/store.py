@@ -75,19 +75,13 @@ class Store:
         if values is None:
             raise UserError(f"no record {id_} in {self.root}")
         try:
-            fl = values["fl"] | {"clients": _as_tuple(values["fl"]["clients"])}
+            clients = values["fl"]["clients"]  # a list in JSON
+            fl = FL(**values["fl"] | {"clients": clients and tuple(clients)})
+            data, model = Data(**values["data"]), Model(**values["model"])
             if values["parent"] != (parent.id if parent else None):
                 parent = self.trajectory(values["parent"]) if values["parent"] else None
-            trajectory = Trajectory(
-                tasks=values["tasks"],
-                seed=values["seed"],
-                data=Data(**values["data"]),
-                model=Model(**values["model"]),
-                fl=FL(**fl),
-                parent=parent,
-                start_round=values["start_round"],
-                lr_from=values["lr_from"],
-            )
+            parts = {"data": data, "model": model, "fl": fl, "parent": parent}
+            trajectory = Trajectory(**values | parts)
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is no configuration of a trajectory: {error}") from None
         if trajectory.id != id_:
@@ -137,11 +131,8 @@ class Store:
     def lock(self, trajectory: Trajectory) -> Iterator[None]:
         """Hold a trajectory for writing; the operating system frees it when the process dies."""
         folder = self.folder(trajectory)
-        self._make(folder)
-        try:
+        with self._writable(folder):
             held = filelock.FileLock(folder / "training.lock").acquire()
-        except OSError as error:
-            raise UserError(f"cannot write records under {self.results}: {error}") from None
         with held:
             for left in folder.rglob("*.part"):  # by a process that was killed
                 left.unlink()
@@ -150,8 +141,8 @@ class Store:
     # Writing; the caller holds the lock.
 
     def write_config(self, trajectory: Trajectory) -> None:
-        path = self.folder(trajectory) / "config.json"
-        self._write(path, _json_text(trajectory.to_json()))
+        text = json.dumps(trajectory.to_json(), indent=1) + "\n"
+        self._write(self.folder(trajectory) / "config.json", text)
 
     def write_rounds(self, trajectory: Trajectory, rows: list[dict[str, Any]]) -> None:
         self._write(self.folder(trajectory) / "rounds.csv", _csv_text(rows))
@@ -160,7 +151,8 @@ class Store:
         self._write(self.folder(trajectory) / "affinity.csv", _csv_text(rows))
 
     def write_result(self, trajectory: Trajectory, result: dict[str, Any]) -> None:
-        self._write(self.folder(trajectory) / "result.json", _json_text(result))
+        text = json.dumps(result, indent=1) + "\n"
+        self._write(self.folder(trajectory) / "result.json", text)
 
     def read_rows(self, trajectory: Trajectory, name: str, until: int) -> list[dict[str, Any]]:
         """The rows of rounds.csv or affinity.csv before round `until`, as text."""
@@ -217,27 +209,26 @@ class Store:
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not valid JSON: {error}") from None
 
-    def _make(self, folder: Path) -> None:
+    @contextlib.contextmanager
+    def _writable(self, folder: Path) -> Iterator[None]:
+        """Makes a folder; a UserError for what the operating system refuses there."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            yield
         except OSError as error:
             raise UserError(f"cannot write records under {self.results}: {error}") from None
 
     def _write(self, path: Path, content: str | bytes) -> None:
-        self._make(path.parent)
-        data = content.encode() if isinstance(content, str) else content
-        try:
+        with self._writable(path.parent):
             handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
             try:
                 with os.fdopen(handle, "wb") as file:
-                    file.write(data)
+                    file.write(content.encode() if isinstance(content, str) else content)
                 os.chmod(temporary, 0o644)
                 os.replace(temporary, path)
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)  # gone if the rename was done
                 raise
-        except OSError as error:
-            raise UserError(f"cannot write records under {self.results}: {error}") from None
 
 
 def open_store(preset: str = "small", results: Path | str = "results") -> Store:
@@ -252,12 +243,11 @@ def provenance() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            run = subprocess.run(
-                ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20
-            )
-        except (OSError, subprocess.TimeoutExpired):
+            return subprocess.check_output(
+                ["git", *arguments], cwd=here, stderr=subprocess.DEVNULL, text=True, timeout=20
+            ).strip()
+        except (OSError, subprocess.SubprocessError):
             return None
-        return run.stdout.strip() if run.returncode == 0 else None
 
     changes = git("status", "--porcelain", "--", ".")
     try:
@@ -272,14 +262,6 @@ def provenance() -> dict[str, Any]:
         "git_revision": git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
     }
-
-
-def _as_tuple(value: list[int] | None) -> tuple[int, ...] | None:
-    return None if value is None else tuple(value)
-
-
-def _json_text(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=1) + "\n"
 
 
 def _csv_text(rows: list[dict[str, Any]]) -> str:
