@@ -117,8 +117,7 @@ def run(
     """
     executor = executor or InProcess()
     results: dict[str, Any] = {}
-    needs: dict[str, list[Need]] = {}
-    active = dict(recipes)
+    needs: dict[str, list[Need]] = {}  # of the recipes that go on
     failed: dict[str, BaseException] = {}
     out: dict[Future, Need] = {}
     begun: dict[Future, int] = {}  # rounds on record when it was handed out
@@ -131,13 +130,12 @@ def run(
         """Advance a recipe until it needs something that is not on record."""
         while True:
             try:
-                needs[name] = next(active[name])
+                needs[name] = next(recipes[name])
             except StopIteration as end:
                 results[name] = end.value
-                del active[name]
                 needs.pop(name, None)
                 return
-            if not all(_satisfied(n) for n in needs[name]):
+            if not all(map(_satisfied, needs[name])):
                 return
 
     def _satisfied(need: Need) -> bool:
@@ -150,48 +148,39 @@ def run(
     def ready() -> list[Need]:
         """What could be trained now: one Need a trajectory, to the furthest round asked for."""
         wanted: dict[str, Need] = {}
-        for name in active:
-            for need in needs[name]:
-                for n in with_ancestors(need):
-                    known = wanted.get(n.trajectory.id)
-                    if (known is None or known.until < n.until) and not _satisfied(n):
-                        wanted[n.trajectory.id] = n
+        for n in [n for some in needs.values() for need in some for n in with_ancestors(need)]:
+            known = wanted.get(n.trajectory.id)
+            if (known is None or known.until < n.until) and not _satisfied(n):
+                wanted[n.trajectory.id] = n
         busy = {need.trajectory.id for need in out.values()}
         progress.waiting = [n for n in wanted.values() if n.trajectory.id not in busy]
         return [
             n
-            for n in wanted.values()
-            if n.trajectory.id not in busy | failed.keys()
+            for n in progress.waiting
+            if n.trajectory.id not in failed
             and (n.trajectory.parent is None or n.trajectory.parent.id not in wanted
                  or is_done(n.trajectory.parent, n.trajectory.start_round, store))
         ]  # fmt: skip
 
-    for name in list(active):
+    for name in recipes:
         resume(name)
-    while active:
-        doomed = [
-            name
-            for name in active
-            if any(
-                n.trajectory.id in failed and not is_done(n.trajectory, n.until, store)
-                for need in needs[name]
-                for n in with_ancestors(need)
-            )
-        ]
-        for name in doomed:
-            active.pop(name).close()
-            needs.pop(name)
+    while needs:
+        for name in list(needs):
+            needed = [n for need in needs[name] for n in with_ancestors(need)]
+            failing = [n for n in needed if n.trajectory.id in failed]
+            if not all(is_done(n.trajectory, n.until, store) for n in failing):
+                recipes[name].close()
+                del needs[name]
         progress.workers = slots() if callable(slots) else slots
         todo = ready()
         for need in todo[: max(0, progress.workers - len(out))]:
             had = store.rounds_done(need.trajectory)
             progress.begun.setdefault(need.trajectory.id, had)
             progress.running = [*out.values(), need]
-            future = executor.submit(
-                train_job, need.trajectory, need.until, *where, device, threads
-            )
+            job = (need.trajectory, need.until, *where, device, threads)
+            future = executor.submit(train_job, *job)
             out[future], begun[future] = need, had
-        if not out and not todo and not any(all(map(_satisfied, needs[n])) for n in active):
+        if not out and not todo and not any(all(map(_satisfied, n)) for n in needs.values()):
             break
         if todo and not out:
             time.sleep(1.0)  # until there is a worker
@@ -204,8 +193,8 @@ def run(
             error, further = future.exception(), store.rounds_done(need.trajectory) > begun[future]
             if error is not None and not (isinstance(error, resubmit) and further):
                 failed[need.trajectory.id] = error
-        for name in list(active):
-            if all(_satisfied(n) for n in needs[name]):
+        for name in list(needs):
+            if all(map(_satisfied, needs[name])):
                 resume(name)
         progress.failed, progress.running = len(failed), list(out.values())
     wait(out)  # a job may still be returning whose record is already complete
@@ -214,9 +203,7 @@ def run(
     if failed:
         if all(isinstance(error, UserError) for error in failed.values()):
             raise next(iter(failed.values()))
-        texts = [
-            f"{id_}:\n{''.join(traceback.format_exception(error))}" for id_, error in failed.items()
-        ]
+        texts = [f"{id_}:\n" + "".join(traceback.format_exception(e)) for id_, e in failed.items()]
         raise EngineError(f"{len(failed)} trajectories failed\n\n" + "\n".join(texts))
     return {name: results[name] for name in recipes}
 
