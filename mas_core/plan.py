@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .config import Data, Model, Settings, Trajectory, settings, stream
+from .config import Model, Settings, Trajectory, settings, stream
 from .cost import state_bytes
 from .engine import with_ancestors
-from .federated import build, is_done
+from .federated import is_done
 from .methods import Part
+from .models import MultiTaskNet
 from .reproduce import chosen, recipes_of
 from .store import Affinities, Store, open_store
 
@@ -147,16 +148,8 @@ def images_a_round(t: Trajectory) -> float:
 
 
 @cache
-def _bytes_by_part(model: Model) -> dict[str, int]:
-    """Bytes of the encoder ("") and of each task's decoder, of a network of that size."""
-    from .tasks import TASKS
-
-    state = build(Trajectory("".join(TASKS), 0, Data(), model, settings("paper").fl)).state_dict()
-    sizes: dict[str, int] = defaultdict(int)
-    for name, tensor in state.items():
-        part = name.split(".")[1] if name.startswith("decoders.") else ""
-        sizes[part] += state_bytes({name: tensor})
-    return sizes
+def _network_bytes(tasks: str, model: Model) -> int:
+    return state_bytes(MultiTaskNet(tasks, model.size, model.output_stride).state_dict())
 
 
 def _amount(t: Trajectory, begin: int, end: int, measured: int | None, speed: Speed) -> np.ndarray:
@@ -164,8 +157,7 @@ def _amount(t: Trajectory, begin: int, end: int, measured: int | None, speed: Sp
 
     Affinities are measured in rounds < `measured` (None: as the trajectory is configured).
     """
-    sizes, rounds = _bytes_by_part(t.model), end - begin
-    travelling = sizes[""] + sum(sizes[a] for a in t.tasks)
+    rounds, travelling = end - begin, _network_bytes(t.tasks, t.model)
     measuring = min(t.fl.measure_rounds if measured is None else measured, end) - begin
     weighed = rounds + speed.extra * max(0, measuring) * (len(t.tasks) > 1)
     images = images_a_round(t)
