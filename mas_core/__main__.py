@@ -17,6 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     from .config import UserError
 
     try:
+        workers = getattr(arguments, "workers", None)  # None: as many as the command finds right
+        if workers is not None and workers < 1:
+            raise UserError(f"--workers {workers}; allowed: 1 and more")
         return arguments.function(arguments) or 0
     except (UserError, OSError) as error:  # a file that cannot be read or written
         print(f"mas: {error}", file=sys.stderr)
@@ -164,11 +167,8 @@ def train_recipes(
     import multiprocessing
 
     from . import engine
-    from .config import UserError
     from .data import ensure_rooms
 
-    if workers < 1:
-        raise UserError(f"--workers {workers}; allowed: 1 and more")
     elsewhere = bool(dask or slurm)  # where a GPU here says nothing
     device = (device or "cuda") if elsewhere else engine.choose_device(device)
     folder = ensure_rooms(study.settings.data, data)
