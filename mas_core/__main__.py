@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--domains", nargs="+", default=None, help="default: all nine")
     prepare.add_argument("--skip-broken", action="store_true",
                          help="leave out views with a broken or missing file")  # fmt: skip
-    prepare.add_argument("--workers", type=int, default=None, help="processes; default: all cores")
+    prepare.add_argument("--workers", type=int, default=None, help="threads; default: all cores")
     prepare.set_defaults(function=_prepare)
     return parser
 

@@ -61,7 +61,8 @@ class Study:
 
     def from_scratch(self, group: str) -> Trajectory:
         """The tasks of `group` trained from the seed's initial weights."""
-        study = self if sorted(group) == sorted(self.tasks) else self.unmeasured()
+        whole = len(group) > 1 and sorted(group) == sorted(self.tasks)
+        study = self if whole else self.unmeasured()
         return replace(study.all_in_one(), tasks=sort_tasks(group))
 
     def from_all_in_one(self, group: str) -> Trajectory:
