@@ -123,7 +123,9 @@ class FederatedData:
         """Rows as encoded, domain -> (B, size, size[, 3]), and which of them to mirror, (B,)."""
         views = self.views[split]
         chosen = views[rows % len(views)]
-        raw = {d: torch.stack([self.arrays[k][d][view] for k, view in chosen]) for d in domains}
+        stretches = np.split(chosen, np.flatnonzero(np.diff(chosen[:, 0])) + 1)  # of a client each
+        places = [(client[0, 0], torch.from_numpy(client[:, 1])) for client in stretches]
+        raw = {d: torch.cat([self.arrays[k][d][at] for k, at in places]) for d in domains}
         return raw, torch.from_numpy(rows >= len(views))
 
     def _decoded_split(self, split: str, device: torch.device) -> dict[str, Tensor]:

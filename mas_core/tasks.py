@@ -44,13 +44,15 @@ def _rotation_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """
     height, width = output.shape[-2:]
     output = output.contiguous()  # a network's channels_last makes the shifted windows slow
-    target, mask = target[..., 1:-1, 1:-1], mask[..., 1:-1, 1:-1]
+    target, mask = (x[..., 1:-1, 1:-1].contiguous() for x in (target, mask))
     with torch.no_grad():
+        valid = mask.sum((1, 2, 3)).clamp(min=1)
         errors = [
-            _masked_l1(output[..., y : y + height - 2, x : x + width - 2], target, mask)
+            (output[..., y : y + height - 2, x : x + width - 2] - target)
+            .abs_().mul_(mask).mean(1).sum((1, 2)) / valid
             for y in range(3)
             for x in range(3)
-        ]
+        ]  # fmt: skip
         best = torch.stack(errors).argmin(0)  # (9, B) -> (B,)
         y, x = best // 3, best % 3
         rows = torch.arange(len(output), device=output.device)
