@@ -1,5 +1,7 @@
 """Run every benchmark, each in a fresh interpreter, and write results/benchmarks/<device>.json.
 
+With names only those are run, and the others' figures stay, with the revision they were measured at.
+
 python -m benchmarks [NAME ...] [--quick] [--results DIR]
 """
 
@@ -33,6 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     told, found, failed = about("cpu"), {}, []
     path = asked.results / "benchmarks" / f"{told['slug']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() and asked.names else {}
+    if known.get("quick") == asked.quick:  # some are run again, the others keep their revision
+        found = known["subjects"]
+        revisions = known.get("revisions") or dict.fromkeys(found, known["git_revision"])
+    else:
+        revisions = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in asked.names or NAMES:
             print(f"\n{name}", flush=True)
@@ -43,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
                 failed.append(name)
             else:
                 found[name] = json.loads(rows.read_text())
-            record = {**told, "quick": asked.quick, "subjects": found}
+                revisions[name] = told["git_revision"]
+            record = {**told, "quick": asked.quick, "revisions": revisions, "subjects": found}
             path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nwritten to {path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0

@@ -44,7 +44,7 @@ class Pngs(Dataset):
 
 
 def measure(quick: bool, folder: Path) -> list[Row]:
-    size, views, batch_size, epochs = (32, 12, 4, 1) if quick else (256, 80, 32, 4)
+    size, views, batch_size, epochs = (32, 12, 4, 1) if quick else (256, 160, 32, 3)
     config = Data(size=size, buildings=1, views=views)
     rooms = ensure_rooms(config, folder / f"rooms-1-{size}px", 1 if quick else None, False)
     mapped = open_data(config, rooms, TASKS, cache_bytes=0)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,14 @@ class FederatedData:
         if not set(letters) <= set(self.letters):
             raise UserError(f"tasks {letters!r} of data opened for {self.letters!r}")
         if self._decoded_bytes() > self.cache_bytes:
-            loaded = _one_ahead(partial(self._encoded, split, domains_of(letters)), steps)
+            arrays = {domain: self.arrays[0][domain] for domain in domains_of(letters)}
+            largest = max(map(len, steps))
+            # Two in turn, one read while the other fills: fresh memory costs more than the copy.
+            buffers = cycle([
+                {d: a.new_empty((largest, *a.shape[1:])) for d, a in arrays.items()}
+                for _ in range(2)
+            ])  # fmt: skip
+            loaded = _one_ahead(lambda rows: self._encoded(split, rows, next(buffers)), steps)
             return (_batch(_decode(raw, letters, device, flip)) for raw, flip in loaded)
         whole = self._decoded_split(split, device)
         whole = {name: whole[name] for name in ("image", "mask", *letters)}
@@ -118,14 +125,20 @@ class FederatedData:
         return (_batch({n: t.index_select(0, i) for n, t in whole.items()}) for i in indices)
 
     def _encoded(
-        self, split: str, domains: Sequence[str], rows: np.ndarray
+        self, split: str, rows: np.ndarray, buffers: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Rows as encoded, domain -> (B, size, size[, 3]), and which of them to mirror, (B,)."""
+        """Rows as encoded, domain -> (B, size, size[, 3]), and which of them to mirror, (B,).
+
+        They are written to the first B rows of `buffers`, domain by domain.
+        """
         views = self.views[split]
         chosen = views[rows % len(views)]
-        stretches = np.split(chosen, np.flatnonzero(np.diff(chosen[:, 0])) + 1)  # of a client each
-        places = [(client[0, 0], torch.from_numpy(client[:, 1])) for client in stretches]
-        raw = {d: torch.cat([self.arrays[k][d][at] for k, at in places]) for d in domains}
+        edges = [0, *(np.flatnonzero(np.diff(chosen[:, 0])) + 1), len(chosen)]  # of clients
+        for begin, end in zip(edges[:-1], edges[1:], strict=True):
+            at, arrays = torch.from_numpy(chosen[begin:end, 1]), self.arrays[chosen[begin, 0]]
+            for domain, buffer in buffers.items():
+                torch.index_select(arrays[domain], 0, at, out=buffer[begin:end])
+        raw = {domain: buffer[: len(rows)] for domain, buffer in buffers.items()}
         return raw, torch.from_numpy(rows >= len(views))
 
     def _decoded_split(self, split: str, device: torch.device) -> dict[str, Tensor]:
@@ -134,7 +147,8 @@ class FederatedData:
         if key not in self._cache:
             rows = np.arange(len(self.views[split]) * (2 if split == "train" else 1))
             chunks = np.array_split(rows, math.ceil(len(rows) / 256))
-            encoded = (self._encoded(split, domains_of(self.letters), chunk) for chunk in chunks)
+            buffers = {d: a.new_empty((256, *a.shape[1:])) for d, a in self.arrays[0].items()}
+            encoded = (self._encoded(split, chunk, buffers) for chunk in chunks)
             parts = [_decode(raw, self.letters, device, flip) for raw, flip in encoded]
             # Parts are dropped on the way, so that the split is not held twice.
             self._cache[key] = {

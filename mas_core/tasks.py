@@ -105,9 +105,7 @@ class Task:
 
 def _float_image(raw: Tensor) -> Tensor:
     """(B, H, W, C) of any type -> (B, C, H, W) float32, contiguous."""
-    return raw.permute(0, 3, 1, 2).to(
-        torch.float32, memory_format=torch.contiguous_format, copy=True
-    )
+    return raw.permute(0, 3, 1, 2).contiguous().to(torch.float32, copy=True)
 
 
 TASKS = {
