@@ -1,6 +1,6 @@
 """Run every benchmark, each in a fresh interpreter, and write results/benchmarks/<device>.json.
 
-With names only those are run, and the others' figures stay, with the revision they were measured at.
+With names only those are run; the others keep their figures and their revision.
 
 python -m benchmarks [NAME ...] [--quick] [--results DIR]
 """
