@@ -90,13 +90,19 @@ def best_split(S: ArrayLike, x: int) -> Split:
     """
     S = self_affinity(S)
     _check_count(x, len(S))
-    values = _incoming(S).sum(1)
-    return _split(S, _best_partition(values, _partition_table(values, x), x, _tie(S)))
+    return _best_splits(S, [x])[0]
 
 
 def best_splits(S: ArrayLike) -> tuple[Split, ...]:
-    """`best_split(S, x)` for x = 1..n."""
-    return tuple(best_split(S, x) for x in range(1, len(_square(S)) + 1))
+    """`best_split(S, x)` for x = 1..n, from one table."""
+    S = self_affinity(S)
+    return _best_splits(S, range(1, len(S) + 1))
+
+
+def _best_splits(S: np.ndarray, numbers: Sequence[int]) -> tuple[Split, ...]:
+    values = _incoming(S).sum(1)
+    table = _partition_table(values, max(numbers))
+    return tuple(_split(S, _best_partition(values, table, x, _tie(S))) for x in numbers)
 
 
 def runner_up(S: ArrayLike, x: int) -> Split:
