@@ -76,7 +76,8 @@ def grouping_score(S: ArrayLike, groups: Iterable[Sequence[int]]) -> float:
     groups = [list(group) for group in groups]
     if sorted(task for group in groups for task in group) != list(range(len(S))):
         raise UserError(f"groups {groups} do not hold each of the tasks 0..{len(S) - 1} once")
-    return float(sum(_incoming(S)[_mask(group)].sum() for group in groups))
+    incoming = _incoming(S)
+    return float(sum(incoming[_mask(group)].sum() for group in groups))
 
 
 def best_split(S: ArrayLike, x: int) -> Split:
