@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler, or its scheduler file")
     scale.add_argument("--slurm", metavar="PARTITION",
                        help="train on --workers Slurm jobs, one GPU each")  # fmt: skip
+    reproduce.add_argument("--no-train", action="store_true", help="only run what is on record")
     reproduce.add_argument("--dry-run", action="store_true", help="print the Slurm job script")
     plan.set_defaults(function=_plan)
     reproduce.set_defaults(function=_reproduce)

@@ -91,7 +91,7 @@ def reproduce(arguments: Namespace, overrides: dict[str, Any]) -> int:
     def recipes() -> dict[Any, Any]:  # what several notebooks share, once
         return {k[1:]: r for k, r in recipes_of(stems, store, seeds, overrides).items()}
 
-    if collect(recipes(), store)[1]:
+    if not arguments.no_train and collect(recipes(), store)[1]:
         try:
             train_recipes(
                 recipes(), Study("sdnkt", base, 0, store), arguments.data, arguments.workers or 1,

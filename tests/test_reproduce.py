@@ -6,6 +6,7 @@ import nbformat
 import pytest
 
 from mas_core import reproduce
+from mas_core.__main__ import main
 from mas_core.config import UserError
 
 
@@ -78,3 +79,13 @@ def test_an_error_without_a_message_is_told_by_its_name(tmp_path):
     book.cells[0].outputs = [nbformat.v4.new_output("error", ename="AssertionError", evalue="")]
     nbformat.write(book, tmp_path / "bare.ipynb")
     assert reproduce.outcome(tmp_path / "bare.ipynb", 1) == "failed: AssertionError"
+
+
+def test_no_train_draws_what_is_on_record(tmp_path, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr("mas_core.__main__.train_recipes", lambda *a: trained.append(a))
+    monkeypatch.setattr(reproduce, "run_notebooks", lambda *a: [dict(notebook="x", status="ok")])
+    command = ["reproduce", "figure_05_sdnkt", "--results", str(tmp_path)]
+    assert main([*command, "--no-train"]) == 0 and not trained
+    assert main(command) == 0 and len(trained) == 1
+    assert "ok" in capsys.readouterr().out
