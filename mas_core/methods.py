@@ -52,6 +52,8 @@ class Study:
     def all_in_one(self) -> Trajectory:
         """The merged task, affinities measured on the way: the trunk of MAS and TAG."""
         data, model, fl = self.settings.data, self.settings.model, self.settings.fl
+        if len(self.tasks) == 1:  # nothing to measure: the same as one by one in a larger set
+            fl = replace(fl, measure_rounds=0)
         return Trajectory(sort_tasks(self.tasks), self.seed, data, model, fl)
 
     def unmeasured(self, **changes: Any) -> Study:
@@ -61,8 +63,7 @@ class Study:
 
     def from_scratch(self, group: str) -> Trajectory:
         """The tasks of `group` trained from the seed's initial weights."""
-        whole = len(group) > 1 and sorted(group) == sorted(self.tasks)
-        study = self if whole else self.unmeasured()
+        study = self if sorted(group) == sorted(self.tasks) else self.unmeasured()
         return replace(study.all_in_one(), tasks=sort_tasks(group))
 
     def from_all_in_one(self, group: str) -> Trajectory:
