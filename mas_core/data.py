@@ -111,7 +111,7 @@ class FederatedData:
             raise UserError(f"tasks {letters!r} of data opened for {self.letters!r}")
         if self._decoded_bytes() > self.cache_bytes:
             arrays = {domain: self.arrays[0][domain] for domain in domains_of(letters)}
-            largest = max(map(len, steps))
+            largest = max(map(len, steps), default=0)
             # Two in turn, one read while the other fills: fresh memory costs more than the copy.
             buffers = cycle([
                 {d: a.new_empty((largest, *a.shape[1:])) for d, a in arrays.items()}

@@ -124,11 +124,16 @@ def _given(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--parameter {text}: write NAME=VALUE")
-        try:
-            values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            values[name] = value
+        values[name] = _literal(value, value)
     return values
+
+
+def _literal(text: str, otherwise: Any) -> Any:
+    """A Python literal (number, list, ...), read without running anything; else `otherwise`."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return otherwise
 
 
 def checked(path: Path, standard: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -145,10 +150,7 @@ def checked(path: Path, standard: dict[str, Any], given: dict[str, Any]) -> dict
                         f"allowed: {', '.join(has) or 'none'}")  # fmt: skip
     values = {name: value for name, value in standard.items() if name in has} | given
     for name, value in values.items():
-        try:
-            default = ast.literal_eval(has[name])
-        except (ValueError, SyntaxError):
-            continue
+        default = _literal(has[name], None)
         fits = type(value) is type(default) or (type(default) is float and type(value) is int)
         if default is not None and value is not None and not fits:
             raise UserError(f"parameter {name}={value!r} of {path.stem} is of type "

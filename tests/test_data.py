@@ -190,6 +190,13 @@ def test_training_opens_no_png_and_changes_no_array(three, monkeypatch):
     assert np.load(three / f"prepared/{SIZE}px/ann/rgb.npy").any()
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 2**30])
+def test_a_client_without_views_of_a_split_gives_no_batches(three, cache_bytes):
+    data = open_data(config(), three, "sd", cache_bytes=cache_bytes)
+    data.views["val"] = data.views["val"][data.views["val"][:, 0] != 0]
+    assert list(data.evaluation("val", "sd", 8, "cpu", client=0)) == []
+
+
 def test_fingerprint_is_of_the_content_not_of_the_folder(three, tmp_path):
     here = open_data(config(), three, "sd")
     shutil.copytree(three, tmp_path / "copy", ignore=shutil.ignore_patterns("prepared"))

@@ -81,6 +81,12 @@ def test_an_error_without_a_message_is_told_by_its_name(tmp_path):
     assert reproduce.outcome(tmp_path / "bare.ipynb", 1) == "failed: AssertionError"
 
 
+def test_parameters_are_literals_or_text_and_never_run():
+    given = ["a=[0, 1]", "b=None", "c={[]: 1}", "d=print(1)", "e=two words"]
+    values = {"a": [0, 1], "b": None, "c": "{[]: 1}", "d": "print(1)", "e": "two words"}
+    assert reproduce._given(given) == values
+
+
 def test_no_train_draws_what_is_on_record(tmp_path, monkeypatch, capsys):
     trained = []
     monkeypatch.setattr("mas_core.__main__.train_recipes", lambda *a: trained.append(a))
