@@ -155,6 +155,9 @@ class MultiTaskNet(nn.Module):
         features = self.encoder(image)
         return {a: decoder(features) for a, decoder in self.decoders.items()}
 
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"graphed_steps": {}}  # a copy has memory of its own
+
     def restrict_to(self, tasks: str) -> MultiTaskNet:
         """A new network with this encoder and the decoders of `tasks`, weights copied exactly."""
         absent = sorted(set(tasks) - set(self.tasks))

@@ -171,6 +171,18 @@ def label_points(ax, points, sides=(1, -1, 0)):
                     arrowprops={"arrowstyle": "-", "color": c, "lw": 0.6, "shrinkA": 0, "shrinkB": 4})
 
 
+def label_ends(ax, ends, apart=0.055):
+    """Write names right of curves' ends, at least `apart` of the axes' height from one another.
+
+    ends: (x, y, name, colour), once the axes' limits stand.
+    """
+    (low, high), place = ax.get_ylim(), -1
+    for x, y, name, c in sorted(ends, key=lambda end: end[1]):
+        place = max((y - low) / (high - low), place + apart)
+        ax.annotate(name, (x, y), (1.03, place), textcoords="axes fraction", va="center", color=c,
+                    fontsize=9, arrowprops={"arrowstyle": "-", "color": c, "lw": 0.6})
+
+
 def save(figure, name, preset, figures):
     """Write figures/<preset>/<name>.png and .pdf, without dates, so that equal figures are equal."""
     folder = Path(figures, preset)

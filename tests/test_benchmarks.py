@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import affinity_agreement, gpu, rendering, small_step, timing
+from benchmarks import affinity_agreement, gpu, method_cost, rendering, small_step, timing
 from benchmarks.__main__ import NAMES
 from benchmarks.__main__ import main as run_all
 from benchmarks.affinity_cost import random_batch
 from benchmarks.splitting import enumerate_partitions
-from mas_core.config import FL
+from mas_core.config import FL, settings
+from mas_core.experiments import ask, figure_5
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
 from mas_core.split import best_splits
+from mas_core.store import open_store
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,23 @@ def test_agreement_of_an_affinity_with_itself_is_complete(rng):
     *same, opposite, _, _ = affinity_agreement._agreement("sdnkt", measured)
     assert [row.values for row in same] == [pytest.approx([1, 1, 1])] * 3
     assert opposite.values == pytest.approx([-1, -1, -1])
+
+
+def test_a_method_pays_for_its_rounds_and_for_the_affinities_it_reads():
+    results = ask(figure_5, open_store("small", method_cost.RECORDS), partial=True)
+    preset = settings("small")
+
+    def rounds(method):
+        counted = method_cost.rounds_trained(results[method, "sdnkt", 0], preset)
+        assert all(t.parent is None and t.start_round == 0 for t in counted)
+        return {(t.tasks, t.fl.method, t.fl.measure_rounds): n for t, n in counted.items()}
+
+    assert rounds("one-by-one") == {(a, "fedavg", 0): 100 for a in "sdnkt"}
+    assert rounds("gradnorm") == {("sdnkt", "gradnorm", 0): 100}
+    assert rounds("MAS-2") == {
+        ("sdnkt", "fedavg", 1): 10, ("sdnkt", "fedavg", 0): 20,
+        ("sdn", "fedavg", 0): 70, ("kt", "fedavg", 0): 70,
+    }  # fmt: skip
 
 
 def test_a_plain_step_moves_the_weights_as_the_federated_step_does():

@@ -81,3 +81,10 @@ def test_a_replay_that_computes_something_else_is_refused(net, batches):
 def test_nothing_is_captured_without_a_gpu(net, batches):
     assert graphed_step(net, batches[0], PLAIN, 1.0) is None
     assert not net.graphed_steps
+
+
+def test_a_copied_network_captures_its_own_steps(net, batches):
+    net.graphed_steps["a shape"] = GraphedStep(net, batches[0], PLAIN, capture=run_eagerly)
+    other = copy.deepcopy(net)
+    assert other.graphed_steps == {} and len(net.graphed_steps) == 1
+    assert_same_weights(net, other)
