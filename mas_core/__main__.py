@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,12 @@ def main(argv: list[str] | None = None) -> int:
         workers = getattr(arguments, "workers", None)  # None: as many as the command finds right
         if workers is not None and workers < 1:
             raise UserError(f"--workers {workers}; allowed: 1 and more")
-        return arguments.function(arguments) or 0
+        status = arguments.function(arguments) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `mas status | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError) as error:  # a file that cannot be read or written
         print(f"mas: {error}", file=sys.stderr)
         return 2

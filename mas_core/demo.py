@@ -36,8 +36,11 @@ def demo(results: Path, data: Path | None, workers: int | None, device: str | No
         f"{study.rounds} rounds. For the paper's comparison: mas reproduce --preset small"
     )
     path = study.store.root / "demo.png"
-    draw(found, constant, path)
-    print(f"Picture: {path}")
+    try:
+        draw(found, constant, path)
+        print(f"Picture: {path}")
+    except ModuleNotFoundError as error:  # the core alone is installed
+        print(f"No picture: {error}")
 
 
 def method_table(results: Iterable[MethodResult], constant: dict[str, float] | None = None) -> str:

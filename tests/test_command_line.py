@@ -1,6 +1,7 @@
 """What people type: the commands from nothing, bad input, interruption."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -223,6 +224,15 @@ def test_demo_from_nothing_and_again(tmp_path):
     assert {f for f in files(tmp_path) if f[0].suffix in (".csv", ".json", ".safetensors")} == (
         records
     )
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "mas_core", "status", "--results", str(tmp_path)]
+    shown = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (shown.returncode, shown.stderr) == (0, "")
 
 
 def test_help_does_not_wait_for_pytorch():
