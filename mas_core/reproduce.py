@@ -34,7 +34,7 @@ NOTEBOOKS: dict[str, tuple[x.Experiment, ...]] = {
     "figure_07_affinities": (x.figure_7,),
     "figure_08_merge_rounds": (x.figure_8,),
     "figure_09_standalone": (x.figure_9,),
-    "figure_10_local_epochs_clients": (x.figure_10,),
+    "figure_10_local_epochs_clients": (x.figure_10, x.longer_rounds),
     "table_1_optimal_worst": (x.table_1,),
     "table_2_more_clients": (x.table_2,),
     "supplement_tables_1_2_splits": (x.supplement_tables_1_2,),

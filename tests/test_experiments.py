@@ -86,6 +86,19 @@ def test_singles_and_pairs_serve_one_by_one_and_hoa(small):
     assert first_needs(experiments.tour, small) <= plain
 
 
+def test_longer_rounds_train_little_that_other_figures_do_not(small):
+    needed = first_needs(experiments.longer_rounds, small)
+    assert {t for t in needed if t.fl.local_epochs == 1} <= first_needs(experiments.figure_5, small)
+    five = {t for t in needed if t.fl.local_epochs == 5}
+    assert sorted(t.tasks for t in five) == ["d", "k", "n", "s", "sdnkt", "sdnkt", "t"]
+    shared = five & first_needs(experiments.figure_10, small)
+    assert [t.tasks for t in shared] == ["sdnkt"]  # all-in-one; the trunk of MAS measures
+    assert max(t.fl.measure_rounds for t in five) == 10
+    five_already = {"fl.local_epochs": 5}
+    needed = first_needs(experiments.longer_rounds, small, 0, five_already)
+    assert {t.fl.local_epochs for t in needed} == {5}
+
+
 def test_seeds_and_overrides_reach_every_trajectory(small):
     for seed, overrides in ((3, {}), (0, {"fl.local_epochs": 7}), (0, {"data.render_seed": 5})):
         changed = first_needs(experiments.figure_5, small, seed, overrides)
