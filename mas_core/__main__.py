@@ -207,7 +207,7 @@ def progress_bar(store: Any) -> Iterator[Any]:
 
     from .engine import Progress
 
-    progress, stop, seen = Progress(), threading.Event(), {}
+    progress, stop, seen, known = Progress(), threading.Event(), {}, {}
     with tqdm(unit="round", desc="train", dynamic_ncols=True) as bar:
 
         def show() -> None:
@@ -233,8 +233,11 @@ def progress_bar(store: Any) -> Iterator[Any]:
             bar.set_postfix_str(text + (f" ({', '.join(now)})" if now else ""))
 
         def rounds_done(need: Any) -> int:
-            recorded = min(store.rounds_done(need.trajectory), need.until)
-            return max(0, recorded - need.trajectory.start_round)
+            """Reads a record until it holds all that is needed."""
+            id_, first = need.trajectory.id, need.trajectory.start_round
+            if known.get(id_, 0) < need.until:
+                known[id_] = store.rounds_done(need.trajectory)
+            return max(0, min(known[id_], need.until) - first)
 
         def watch() -> None:
             while not stop.wait(1.0):

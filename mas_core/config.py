@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -161,7 +162,7 @@ _SMOKE = Settings(
         clients_per_round=2,
         batch_size=8,
         measure_rounds=20,
-        affinity_every=2,
+        affinity_every=4,
         evaluate_every=4,
     ),
     Mas(merge_rounds=6, affinity_rounds=4),
@@ -266,7 +267,7 @@ class Trajectory:
             "lr_from": self.lr_from,
         }
 
-    @property
+    @cached_property  # a driver asks for it thousands of times a round
     def id(self) -> str:
         """Tasks, seed and a hash of what differs from the defaults, like sdnkt-s0-4f1c09ab83.
 

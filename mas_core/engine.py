@@ -145,15 +145,22 @@ def run(
             progress.done = len({id_ for id_, _ in seen})
         return known in seen
 
+    def work_left(need: Need) -> int:
+        """Rounds left, times what a round costs: so that no long one starts when all else is done."""
+        fl = need.trajectory.fl
+        a_round = fl.clients_per_round * fl.local_epochs * (1 + len(need.trajectory.tasks))
+        return (need.until - store.rounds_done(need.trajectory)) * a_round
+
     def ready() -> list[Need]:
-        """What could be trained now: one Need a trajectory, to the furthest round asked for."""
+        """What could be trained now, longest first: one Need a trajectory, to its last round."""
         wanted: dict[str, Need] = {}
         for n in [n for some in needs.values() for need in some for n in with_ancestors(need)]:
             known = wanted.get(n.trajectory.id)
             if (known is None or known.until < n.until) and not _satisfied(n):
                 wanted[n.trajectory.id] = n
         busy = {need.trajectory.id for need in out.values()}
-        progress.waiting = [n for n in wanted.values() if n.trajectory.id not in busy]
+        left = [n for n in wanted.values() if n.trajectory.id not in busy]
+        progress.waiting = sorted(left, key=work_left, reverse=True)
         return [
             n
             for n in progress.waiting

@@ -117,6 +117,14 @@ def test_a_parent_is_not_trained_for_a_child_that_is_on_record(
     assert jobs.asked == []
 
 
+def test_what_takes_longest_is_handed_out_first(single, store, monkeypatch, tmp_path):
+    jobs, long = Jobs(monkeypatch), single("n")
+    long = replace(long, fl=replace(long.fl, local_epochs=5))
+    needs = [Need(single("d"), 4), Need(single("kt"), 4), Need(single("t"), 2), Need(long, 4)]
+    run({0: recipe(needs)}, store, tmp_path)
+    assert [n.trajectory.tasks for n in jobs.asked] == ["n", "kt", "d", "t"]
+
+
 def test_no_more_jobs_are_out_than_slots(single, store, monkeypatch, tmp_path):
     jobs = Jobs(monkeypatch, seconds=0.1)
     progress = Progress()
