@@ -158,14 +158,14 @@ _SMOKE = Settings(
     Data(size=32, buildings=6, views=40),
     Model("tiny", output_stride=4),
     FL(
-        rounds=20,
+        rounds=16,
         clients_per_round=2,
         batch_size=8,
-        measure_rounds=20,
+        measure_rounds=16,
         affinity_every=4,
         evaluate_every=4,
     ),
-    Mas(merge_rounds=6, affinity_rounds=4),
+    Mas(merge_rounds=4, affinity_rounds=3),
 )
 _SMALL = Settings(
     Data(size=32, buildings=32, views=96),
