@@ -20,7 +20,7 @@ import pandas as pd
 from . import experiments as x
 from .config import UserError, settings
 from .data import rooms_folder
-from .engine import EngineError, collect
+from .engine import EngineError, collect, threads_per_worker
 from .methods import Study
 from .store import Store, open_store
 
@@ -180,7 +180,8 @@ def run_notebooks(
             while waiting and len(running) < slots:
                 stem = waiting.pop(0)
                 (out / f"{stem}.ipynb").unlink(missing_ok=True)
-                running[stem] = (_start(folder, stem, parameters[stem], out), time.time())
+                process = _start(folder, stem, parameters[stem], out, threads_per_worker(slots))
+                running[stem] = (process, time.time())
                 print(f"running {stem}", file=sys.stderr)
             time.sleep(0.2)
             for stem, (process, began) in list(running.items()):
@@ -200,15 +201,22 @@ def run_notebooks(
     return [rows[stem] for stem in parameters]
 
 
-def _start(folder: Path, stem: str, values: dict[str, Any], out: Path) -> subprocess.Popen:
-    """papermill in a process of its own, in the notebooks' folder, paths relative to it."""
+def _start(
+    folder: Path, stem: str, values: dict[str, Any], out: Path, threads: int
+) -> subprocess.Popen:
+    """papermill in a process of its own, in the notebooks' folder, paths relative to it.
+
+    Its kernel computes on `threads` threads unless the environment says otherwise: kernels side by
+    side that each take all cores wait for one another.
+    """
     given = base64.b64encode(json.dumps(values).encode()).decode()  # JSON is YAML
     target = os.path.relpath(out / f"{stem}.ipynb", folder)
     command = [sys.executable, "-m", "papermill", f"{stem}.ipynb", target, "-b", given,
                "--kernel", "python3", "--no-progress-bar"]  # fmt: skip
     return subprocess.Popen(
-        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
+        command, cwd=folder, env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )  # fmt: skip
 
 
