@@ -146,7 +146,7 @@ def run(
         return known in seen
 
     def work_left(need: Need) -> int:
-        """Rounds left, times what a round costs: so that no long one starts when all else is done."""
+        """Rounds left times what one costs: no long one shall start when all else is done."""
         fl = need.trajectory.fl
         a_round = fl.clients_per_round * fl.local_epochs * (1 + len(need.trajectory.tasks))
         return (need.until - store.rounds_done(need.trajectory)) * a_round
