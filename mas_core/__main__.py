@@ -18,9 +18,11 @@ def main(argv: list[str] | None = None) -> int:
     from .config import UserError
 
     try:
-        workers = getattr(arguments, "workers", None)  # None: as many as the command finds right
-        if workers is not None and workers < 1:
-            raise UserError(f"--workers {workers}; allowed: 1 and more")
+        for name, least in (("workers", "1 and more"), ("timeout", "1 and more"),
+                            ("images_per_second", "more than 0")):  # fmt: skip
+            value = getattr(arguments, name, None)  # None: what the command finds right
+            if value is not None and value <= 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}; allowed: {least}")
         status = arguments.function(arguments) or 0
         sys.stdout.flush()
         return status
@@ -64,10 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     reproduce = commands.add_parser("reproduce", help="train what is missing, run the notebooks")
     for command in (plan, reproduce):
         command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="default: all")
-        command.add_argument("--seeds", type=int, nargs="+", default=[0])
+        command.add_argument("--seeds", type=int, nargs="+", default=None,
+                             help="default: 0; with --no-train each notebook's own")  # fmt: skip
         _settings(command)
-        _records(command)
-        _compute(command, workers=None)
+    _results(plan)
+    _records(reproduce)
+    _compute(reproduce, workers=None)
     plan.add_argument("--images-per-second", type=float, default=None, metavar="N",
                       help="of five-task training, to time a preset not on record")  # fmt: skip
     reproduce.add_argument("--figures", type=Path, default=Path("figures"))
@@ -85,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     status = commands.add_parser("status", help="what the records hold")
     status.add_argument("--preset", default=None, help="default: every preset there is")
-    _records(status)
+    _results(status)
     status.set_defaults(function=_status)
 
     render = commands.add_parser("render", help="write procedural buildings in Taskonomy's layout")
@@ -117,8 +121,12 @@ def _settings(parser: argparse.ArgumentParser) -> None:
                         help="for example fl.local_epochs=2")  # fmt: skip
 
 
-def _records(parser: argparse.ArgumentParser) -> None:
+def _results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
+
+
+def _records(parser: argparse.ArgumentParser) -> None:
+    _results(parser)
     parser.add_argument("--data", type=Path, default=None, help="rooms or a prepared Taskonomy")
 
 
@@ -146,7 +154,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from .config import UserError, settings
     from .demo import method_table
-    from .methods import METHODS, TAKES_SPLITS, Study, check_splits
+    from .methods import METHODS, TAKES_SPLITS, Study
     from .store import open_store
 
     if arguments.method not in METHODS:
@@ -155,7 +163,7 @@ def _run(arguments: argparse.Namespace) -> None:
     store = open_store(arguments.preset, arguments.results)
     study = Study(arguments.tasks, chosen, arguments.seed, store)
     extra = {"splits": arguments.splits} if arguments.method in TAKES_SPLITS else {}
-    check_splits(study, **extra)
+    next(METHODS[arguments.method](study, **extra))  # tells at once what cannot be
     recipes = {arguments.method: METHODS[arguments.method](study, **extra)}
     results = train_recipes(recipes, study, arguments.data, arguments.workers, arguments.device)
     print(method_table(results.values()))
@@ -256,7 +264,7 @@ def progress_bar(store: Any) -> Iterator[Any]:
 def _plan(arguments: argparse.Namespace) -> None:
     from .plan import plan
 
-    print(plan(arguments.notebooks, arguments.preset, arguments.seeds, _overrides(arguments),
+    print(plan(arguments.notebooks, arguments.preset, arguments.seeds or [0], _overrides(arguments),
                arguments.results, arguments.images_per_second))  # fmt: skip
 
 

@@ -233,7 +233,7 @@ class Cost:
     bytes_down: int  # server to clients
     bytes_up: int  # clients to server
     samples: int  # images trained on, repeats counted
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # of the training processes up to then, not of this alone
 
     @property
     def co2_grams(self) -> float | None:

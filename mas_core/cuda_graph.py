@@ -78,17 +78,22 @@ class GraphedStep:
 
         state = [(t, t.clone()) for t in net.state_dict().values()]
 
-        def second(run: Callable[[], Tensor]) -> Tensor:
+        def restore() -> None:
             with torch.no_grad():
                 for tensor, kept in state:
                     tensor.copy_(kept)
+
+        def second(run: Callable[[], Tensor]) -> Tensor:
+            restore()
             self.begin(0.01)
             run()
             return run()
 
-        self._replay, self._losses = capture(step)
-        replayed, run = second(lambda: self(batch)), second(step).clone()
-        second(lambda: self._losses)  # puts the state back
+        try:
+            self._replay, self._losses = capture(step)
+            replayed, run = second(lambda: self(batch)), second(step).clone()
+        finally:
+            restore()
         torch.testing.assert_close(replayed, run, rtol=0.02, atol=1e-3)
 
     def begin(self, lr: float) -> None:

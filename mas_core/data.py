@@ -272,8 +272,10 @@ def ensure_rooms(
     """The folder to open: for procedural rooms rendered and prepared first, where they are not.
 
     Without a folder rooms go to `rooms_folder`. Taskonomy needs a folder. Raises UserError where
-    the folder holds other rooms than `data` says, or other images.
+    the folder holds other rooms than `data` says, of another renderer, or other images.
     """
+    from .rooms import RENDERER_VERSION, render_rooms
+
     if data.source == "taskonomy":
         if folder is None:
             raise UserError("Taskonomy is not part of the package: name its folder with "
@@ -284,15 +286,17 @@ def ensure_rooms(
              "heterogeneity": data.heterogeneity}  # fmt: skip
     record = rooms / "rooms.json"
     found = json.loads(record.read_text()) if record.exists() else {}
-    other = [f"{k}={found.get(k)}" for k in asked if found and found.get(k) != asked[k]]
+    if not found and rooms.is_dir() and any(rooms.iterdir()):
+        raise UserError(f"{rooms} has no rooms.json that says which rooms it holds; name the "
+                        "folder they were rendered into, or set data.source=taskonomy")  # fmt: skip
+    wanted = asked | {"renderer_version": RENDERER_VERSION}
+    other = [f"{k}={found.get(k)}" for k in wanted if found and found.get(k) != wanted[k]]
     if other:
         raise UserError(f"{rooms} holds rooms rendered with {', '.join(other)}, not as configured; "
                         "name another folder or change the settings")  # fmt: skip
     with contextlib.suppress(UserError):
         _prepared(rooms, data.size)
         return rooms
-    from .rooms import render_rooms
-
     try:
         render_rooms(rooms, size=found.get("size", data.size), workers=workers, progress=progress,
                      **asked)  # fmt: skip

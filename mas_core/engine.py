@@ -12,7 +12,14 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Generator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -64,7 +71,8 @@ def choose_device(name: str | None = None) -> str:
     try:
         if torch.device(name).type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"device {name!r}: there is no GPU here; allowed: cpu")
-    except RuntimeError:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError):
         raise UserError(f"unknown device {name!r}; for example: cpu, cuda, cuda:1") from None
     return name
 
@@ -185,7 +193,12 @@ def run(
             progress.begun.setdefault(need.trajectory.id, had)
             progress.running = [*out.values(), need]
             job = (need.trajectory, need.until, *where, device, threads)
-            future = executor.submit(train_job, *job)
+            try:
+                future = executor.submit(train_job, *job)
+            except BrokenExecutor:
+                raise EngineError("a worker process was killed, perhaps for want of memory; what "
+                                  "was done is kept, the same command continues; --workers may "
+                                  "be lower") from None  # fmt: skip
             out[future], begun[future] = need, had
         if not out and not todo and not any(all(map(_satisfied, n)) for n in needs.values()):
             break

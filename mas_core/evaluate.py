@@ -36,7 +36,8 @@ def constant_losses(
 ) -> dict[str, float]:
     """Test loss of the best constant prediction: what a task's skill 1 - loss / constant refers to.
 
-    The constant is fitted on training views: the median of each channel over valid pixels, which
+    The constant is fitted on each client's first training views, 64 of them unless told otherwise
+    (`batches_per_client` batches of 16): the median of each channel over valid pixels, which
     is best under L1, or the logarithm of the class frequencies, which is best under cross-entropy.
     """
     sample: dict[str, list[Tensor]] = {a: [] for a in tasks}

@@ -7,13 +7,13 @@ varied setting behind it where there is one: ("MAS-2 R0=30", "sdnkt", 0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import methods
 from .config import settings
 from .engine import collect, run
-from .methods import Need, Recipe, Study
+from .methods import Recipe, Study
 from .store import Store
 from .tasks import TASK_SETS
 
@@ -248,9 +248,3 @@ def ask(
         count = len({need.trajectory.id for need in missing})
         raise Missing(f"at least {count} trajectories are not on record; train them with: {tell}")
     return results
-
-
-def needs(recipes: Recipes, store: Store) -> Iterator[Need]:
-    """What recipes still need before they can go on, in the order they ask."""
-    _, missing = collect(recipes, store)
-    yield from missing

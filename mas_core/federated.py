@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import Trajectory, UserError, stream
 from .cost import Meter, device_name, peak_memory_bytes, state_bytes
+from .cuda_graph import sgd
 from .data import FederatedData, open_data
 from .evaluate import constant_losses, evaluate
 from .local import Balance, LocalResult, local_update
@@ -170,9 +171,17 @@ def train(
                 f"{store.folder(trajectory)} lacks rounds that its checkpoint has; "
                 "restore rounds.csv, or delete the folder to train anew"
             )
+        due = min(done, trajectory.fl.measure_rounds) - trajectory.start_round
+        measures = trajectory.fl.method == "fedavg" and len(net.tasks) > 1
+        if measures and len(affinity_rows) < due * trajectory.fl.clients_per_round:
+            raise UserError(
+                f"{store.folder(trajectory)} lacks affinities of rounds that its checkpoint has; "
+                "restore affinity.csv, or delete the folder to train anew"
+            )
         store.write_config(trajectory)
         best = _best(rows, net.tasks)
         meter = Meter(device)
+        sgd(net.parameters(), 0.0, trajectory.fl)  # the first one imports for a second: no training
         progress(done)
         for r in range(done, until):
             with meter:

@@ -161,8 +161,8 @@ def merge_and_split(study: Study, splits: int = 2) -> Recipe:
 def tag(study: Study, splits: int = 2) -> Recipe:
     """TAG-x (Fifty et al., 2021): groups that may overlap, from all-in-one's affinities.
 
-    All-in-one for R rounds, grouping by the exact integer program, every group from scratch; a
-    task in several groups takes its best result.
+    All-in-one for R rounds, the best grouping (`split.tag_groups`), every group from scratch; a
+    task in several groups takes its best result, by test loss.
     """
     check_splits(study, splits)
     check_measured(study)
@@ -181,8 +181,8 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
     """HOA-x (Standley et al., 2020): groups from the losses of all single tasks and pairs.
 
     A larger group's loss of a task is estimated as its mean over the pairs inside the group. The
-    best x groups (a task in several takes the better loss) are trained from scratch; singles and
-    pairs among them are at hand.
+    best x groups (a task in several takes the better test loss) are trained from scratch; singles
+    and pairs among them are at hand.
     """
     check_splits(study, splits)
     n = len(study.tasks)
@@ -256,7 +256,12 @@ def affinity_before_split(study: Study, rounds: int | None = None) -> np.ndarray
     diagonal is 0, not measured: Eq. 4 defines it.
     """
     mas = study.settings.mas
-    values = study.store.affinities(study.all_in_one()).values[:rounds][: mas.affinity_rounds]
+    trunk = study.all_in_one()
+    measured = study.store.affinities(trunk)
+    if (measured.rounds != np.arange(len(measured.rounds))).any():
+        raise UserError(f"{study.store.folder(trunk) / 'affinity.csv'} lacks rounds; restore it, "
+                        "or delete the folder to train anew")  # fmt: skip
+    values = measured.values[:rounds][: mas.affinity_rounds]
     per_round = values.mean(1)  # (T, K, n, n) -> (T, n, n)
     S = per_round[-1] if mas.affinity_at == "last" else per_round.mean(0)
     np.fill_diagonal(S, 0.0)
@@ -305,8 +310,12 @@ def _result(
     parts: Sequence[Part],
     search: Sequence[Part] = (),
 ) -> MethodResult:
-    """Every task's lowest validated test loss among the groups that train it, and the costs."""
+    """Every task's lowest test loss among the groups that train it, and the costs."""
     found = [study.store.result(t) for t in trained]
+    if len({result.get("data") for result in found}) > 1:
+        ids = ", ".join(t.id for t in trained)
+        raise UserError(f"{name} joins records trained on different images ({ids}); delete those "
+                        "that are not of the data wanted")  # fmt: skip
     best, last = ([result[which] for result in found] for which in ("test_best", "test_last"))
     everything = (*search, *parts)
     costs = [part_cost(study.store, part, trained[0]) for part in everything]
@@ -330,5 +339,8 @@ def check_splits(study: Study, splits: int = 1) -> None:
 
 
 def check_measured(study: Study) -> None:
+    """A UserError where there will be nothing to split, or nothing to split by."""
+    if len(study.tasks) == 1:
+        raise UserError(f"tasks={study.tasks}: one task cannot be split; allowed: two and more")
     if not study.settings.fl.measure_rounds:
         raise UserError("fl.measure_rounds=0: no affinities to split by; allowed: 1 and more")

@@ -71,7 +71,8 @@ def reproduce(arguments: Namespace, overrides: dict[str, Any]) -> int:
     """Train what the named notebooks miss, run them, print a table; 1 where anything failed."""
     from .__main__ import train_recipes
 
-    stems, preset, seeds = chosen(arguments.notebooks), arguments.preset, arguments.seeds
+    stems, preset = chosen(arguments.notebooks), arguments.preset
+    seeds = arguments.seeds or [0]
     base = settings(preset, overrides=overrides)
     folder = notebooks_folder()
     absent = [stem for stem in stems if not (folder / f"{stem}.ipynb").exists()]
@@ -79,11 +80,13 @@ def reproduce(arguments: Namespace, overrides: dict[str, Any]) -> int:
         raise UserError(f"no notebook {', '.join(absent)} in {folder}")
     data = arguments.data or (rooms_folder(base.data) if base.data.source == "rooms" else None)
     standard = {
-        "preset": preset, "seeds": seeds, "train_missing": False,
+        "preset": preset, "train_missing": False,
         "results": os.path.relpath(arguments.results, folder),
         "figures": os.path.relpath(arguments.figures, folder),
         "data": os.path.relpath(data, folder) if data else None,
     }  # fmt: skip
+    if arguments.seeds or not arguments.no_train:
+        standard["seeds"] = seeds
     given = _given(arguments.parameter) | ({"overrides": overrides} if overrides else {})
     parameters = {s: checked(folder / f"{s}.ipynb", standard, given) for s in stems}
     store, failed = open_store(preset, arguments.results), False

@@ -16,6 +16,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -38,6 +39,7 @@ from torch import Tensor
 from .config import FL, Data, Model, Trajectory, UserError
 
 State = dict[str, Tensor]
+_REMEDY = "restore it, or delete its folder to train anew"
 
 
 @dataclass
@@ -92,11 +94,17 @@ class Store:
         return trajectory
 
     def check(self, trajectory: Trajectory) -> None:
-        """A UserError where a record's configuration does not match its id; looks once."""
-        id_ = trajectory.id
-        if id_ not in self._checked and (self.folder(id_) / "config.json").exists():
-            self.trajectory(id_, trajectory.parent)
-            self._checked.add(id_)
+        """A UserError where a record does not match its id or lacks parts; looks once."""
+        id_, folder = trajectory.id, self.folder(trajectory)
+        if id_ in self._checked or not (folder / "config.json").exists():
+            return
+        self.trajectory(id_, trajectory.parent)
+        result = self._read_json(folder / "result.json")
+        if result is not None and self.rounds_done(trajectory) < trajectory.fl.rounds:
+            raise UserError(f"{folder} lacks rounds of a complete record; {_REMEDY}")
+        if result is not None and not {"test_best", "test_last"} <= result.keys():
+            raise UserError(f"{folder / 'result.json'} is damaged; {_REMEDY}")
+        self._checked.add(id_)
 
     def result(self, trajectory: Trajectory | str) -> dict[str, Any] | None:
         """The contents of result.json, or None while the trajectory is not complete."""
@@ -105,7 +113,7 @@ class Store:
     def rounds(self, trajectory: Trajectory | str) -> pd.DataFrame:
         """rounds.csv as a table with one row a round, empty if there is none."""
         path = self.folder(trajectory) / "rounds.csv"
-        return pd.read_csv(path) if path.exists() else pd.DataFrame({"round": []})
+        return _read_table(path) if path.exists() else pd.DataFrame({"round": []})
 
     def rounds_done(self, trajectory: Trajectory) -> int:
         """The round after the last recorded one (a trajectory's first round if there is none)."""
@@ -118,13 +126,16 @@ class Store:
         """Every measured affinity of a trajectory; a UserError if none was measured."""
         path = self.folder(trajectory) / "affinity.csv"
         if not path.exists():
-            raise UserError(f"no affinities in {path.parent}: train it with fl.measure_rounds > 0")
-        table = pd.read_csv(path)
-        n = round((len(table.columns) - 3) ** 0.5)
+            raise UserError(f"no affinities in {path.parent}: train it with fl.measure_rounds > 0; "
+                            f"if it was, {_REMEDY}")  # fmt: skip
+        table = _read_table(path)
         rounds = table["round"].unique()
-        per_round = len(table) // len(rounds)
-        values = table.iloc[:, 3:].to_numpy().reshape(len(rounds), per_round, n, n)
-        clients = table["client"].to_numpy().reshape(len(rounds), per_round)
+        try:
+            n = math.isqrt(len(table.columns) - 3)
+            values = table.iloc[:, 3:].to_numpy(float).reshape(len(rounds), -1, n, n)
+            clients = table["client"].to_numpy(int).reshape(values.shape[:2])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from None
         return Affinities(rounds, clients, values)
 
     @contextlib.contextmanager
@@ -262,6 +273,17 @@ def provenance() -> dict[str, Any]:
         "git_revision": git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
     }
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """A CSV file with a column "round"; a UserError where it is none."""
+    try:
+        table = pd.read_csv(path)
+        if not pd.api.types.is_integer_dtype(table.get("round")):
+            raise ValueError("no column of rounds")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from None
+    return table
 
 
 def _csv_text(rows: list[dict[str, Any]]) -> str:

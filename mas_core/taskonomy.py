@@ -154,7 +154,8 @@ def prepare(
 
     Writes <out or root/prepared>/<size>px/<building>/<domain>.npy, (N, size, size[, 3]) as encoded
     (uint8 or uint16), views in order of (point, view), views.json beside them and summary.json
-    above them. A building whose files have the names, sizes and times they had is left as it is.
+    above them. A building whose files have the names, sizes and times they had is left as it is;
+    one that is gone from `root` leaves the summary.
     `workers` threads take a building each (None: one a core); the files do not depend on them.
 
     Raises UserError for a folder without images or without a domain, and one that lists the files
@@ -175,12 +176,14 @@ def prepare(
             head = f"{len(problems)} files are broken or missing (--skip-broken leaves views out):"
             raise UserError("\n  ".join([head, *listed]))
         records = {path.parent.name: json.loads(path.read_text())
-                   for path in sorted(target.glob("[!.]*/views.json"))}  # fmt: skip
-        if not (target / "summary.json").exists():
-            counts = {name: {"views": len(r["views"]), "skipped_views": r["skipped_views"]}
-                      for name, r in records.items()}  # fmt: skip
-            (target / "summary.tmp").write_text(json.dumps({"buildings": counts}, indent=1))
-            os.replace(target / "summary.tmp", target / "summary.json")
+                   for path in sorted(target.glob("[!.]*/views.json"))
+                   if path.parent.name in names}  # fmt: skip
+        counts = {name: {"views": len(r["views"]), "skipped_views": r["skipped_views"]}
+                  for name, r in records.items()}  # fmt: skip
+        summary, text = target / "summary.json", json.dumps({"buildings": counts}, indent=1)
+        if not summary.exists() or summary.read_text() != text:
+            (target / "summary.tmp").write_text(text)
+            os.replace(target / "summary.tmp", summary)
     views = {name: len(record["views"]) for name, record in records.items()}
     skipped = {name: record["skipped"] for name, record in records.items() if record["skipped"]}
     return Prepared(target, views, skipped, tuple(faults))
@@ -188,6 +191,9 @@ def prepare(
 
 def _building_names(root: Path, size: int, domains: Sequence[str]) -> list[str]:
     """The buildings below `root`; a UserError where it lacks what is asked for."""
+    unknown = [domain for domain in domains if domain not in DOMAINS]
+    if unknown:
+        raise UserError(f"unknown domain {unknown[0]!r}; allowed: {', '.join(DOMAINS)}")
     if size < 1:
         raise UserError(f"size={size}; allowed: 1 or more pixels")
     if not root.is_dir():

@@ -5,11 +5,14 @@ Losses are test losses of the model with the least validation loss, summed over 
 core time on a CPU. `mean ± std` is over seeds (one seed: no spread).
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator
+from scipy.stats import t as student
 
 import mas_core as mas
 from mas_core import experiments
@@ -17,6 +20,10 @@ from mas_core import experiments
 FAMILIES = ("one-by-one", "all-in-one", "fedprox", "gradnorm", "HOA", "TAG", "MAS", "standalone")
 PRINTED_AS = {"One-by-one": "one-by-one", "FedAvg": "all-in-one", "All-in-one": "all-in-one",
               "FedProx": "fedprox", "GradNorm": "gradnorm"}
+# Paul Tol's "muted" colours: nine that colour-blind readers tell apart.
+TASK_COLOURS = dict(zip(mas.TASKS, ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77",
+                                    "#CC6677", "#882255", "#AA4499")))
+NOISE = 1.0  # per cent of total loss: a smaller effect of one seed is no evidence
 HALO = [withStroke(linewidth=2.5, foreground="white")]
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be judged at this scale"
 pd.set_option("display.width", 180, "display.max_columns", 40, "display.max_colwidth", None)
@@ -110,23 +117,45 @@ def series(runs, method, tasks, column="total"):
     return runs[(runs.method == method) & (runs.task_set == tasks)].set_index("seed")[column]
 
 
+def times_faster(runs, better, worse, tasks, preset, results, overrides={}):
+    """Training time of `worse` over that of `better`: timed in one run where that is on record.
+
+    Trajectories on record were trained in different hours of a shared machine, whose speed varies;
+    `python -m benchmarks method_cost` times one round of all networks in turns, at preset small.
+    """
+    ratios = {"one-by-one": 1.0}
+    files = sorted(Path(results, "benchmarks").glob("*.json"))
+    for row in [r for f in files for r in json.loads(f.read_text())["subjects"].get("method_cost", [])]:
+        name, _, method = row["subject"].partition(": ")
+        if name == tasks:
+            ratios.setdefault(method.partition(" ")[0], row["median"])
+    if preset == "small" and not overrides and {better, worse} <= set(ratios):
+        factor = pd.Series([ratios[worse] / ratios[better]])
+        factor.attrs["note"] = "timed in one run"
+        return factor
+    return series(runs, worse, tasks, "minutes") / series(runs, better, tasks, "minutes")
+
+
 def judge(*effects, least=0.0):
     """Verdict and effect of a claim from its effect by seed; it holds above `least`.
 
-    A second effect is the same quantity by another judge (the last round's model). One seed: both
-    must agree, and differ by less than the distance from `least`. Several seeds: that distance must
-    exceed twice its standard error.
+    A second effect is the same by another judge (the last round's model), both in per cent of total
+    loss. One seed: the distance from `least` must exceed NOISE and what the judges differ by.
+    Several seeds: the mean must lie beyond the 95 % bound of Student's t, one-sided.
     """
+    note = getattr(effects[0], "attrs", {}).get("note", "one seed: no spread")
     effects = [pd.Series(effect, dtype=float).dropna() for effect in effects]
     if effects[0].empty:
         return "not on record", ""
     away = effects[0] - least
     if len(away) > 1:
-        clear = abs(away.mean()) > 2 * away.std() / np.sqrt(len(away))
+        bound = student.ppf(0.95, len(away) - 1) * away.std() / np.sqrt(len(away))
+        clear = abs(away.mean()) > bound
         effect = f"{mean_std(effects[0], 2)} ({len(away)} seeds)"
     else:
-        clear = all(abs(e.mean() - effects[0].mean()) <= abs(away.mean()) for e in effects[1:])
-        effect = f"{mean_std(effects[0], 2)} (one seed: no spread)"
+        moved = [max(NOISE, abs(e.mean() - effects[0].mean())) for e in effects[1:]]
+        clear = all(abs(away.mean()) >= m for m in moved)
+        effect = f"{mean_std(effects[0], 2)} ({note})"
     return OPEN if not clear else HOLDS if away.mean() >= 0 else FAILS, effect
 
 
@@ -145,13 +174,50 @@ def say(table):
             print(f"  {claim}: {measured or '-'}; paper {printed}")
 
 
-def label_points(ax, points, sides=(1, -1, 0)):
-    """Write each point's name beside it, where it hides least; points: (x, y, name, colour)."""
+def our_points(runs):
+    """Mean and standard deviation over seeds of time (minutes) and total loss, by method."""
+    group = runs.groupby("method", sort=False)
+    mean, std = group[["minutes", "total"]].mean(), group[["minutes", "total"]].std()
+    return pd.DataFrame({"time": mean.minutes, "loss": mean.total,
+                         "time_std": std.minutes, "loss_std": std.total})
+
+
+def paper_points(printed):
+    """The same of a table of the paper; time in GPU hours."""
+    wide = printed.pivot(index="method", columns="metric", values=["mean", "std"]).astype(float)
+    return pd.DataFrame({"time": wide["mean"].time_gpu_hours, "loss": wide["mean"].total,
+                         "time_std": wide["std"].time_gpu_hours, "loss_std": wide["std"].total})
+
+
+def draw_points(ax, points, title, xlabel):
+    """Loss against time with standard deviations; a line joins the splits of a method."""
+    for family in FAMILIES:
+        p = points[points.index.str.startswith(family)]
+        ax.errorbar(p.time, p.loss, p.loss_std, p.time_std, fmt="o-", lw=1, color=colour(family))
+    ax.set(title=title, xlabel=xlabel, ylabel="total test loss", xscale="log")
+    ax.margins(0.2)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
+    bars = points.fillna(0)
+    label_points(ax, [(p.time, p.loss, p.Index, colour(p.Index)) for p in points.itertuples()],
+                 bars=[(p.time, p.loss, p.time_std, p.loss_std) for p in bars.itertuples()])
+
+
+def label_points(ax, points, sides=(1, -1, 0), bars=()):
+    """Write each point's name beside it, where it hides least; points: (x, y, name, colour).
+
+    bars: (x, y, dx, dy), error bars that names shall not hide either.
+    """
     directions = [(dx, dy) for dy in (0, 1, -1) for dx in sides if (dx, dy) != (0, 0)]
     ax.figure.canvas.draw()
     size = ax.figure.dpi / 72
     where = [ax.transData.transform((x, y)) for x, y, *_ in points]
     taken = [(x - 5 * size, x + 5 * size, y - 5 * size, y + 5 * size) for x, y in where]
+    for x, y, dx, dy in bars:
+        (left, low), (right, high) = ax.transData.transform([(x - dx, y - dy), (x + dx, y + dy)])
+        px, py = ax.transData.transform((x, y))
+        taken += [(left, right, py - 4 * size, py + 4 * size), (px - 4 * size, px + 4 * size, low, high)]
     frame = ax.get_window_extent().extents[[0, 2, 1, 3]]
     for (x, y, name, c), (px, py) in zip(points, where):
         w, h, best = 6.2 * size * len(name), 11 * size, None

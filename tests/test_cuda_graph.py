@@ -78,6 +78,18 @@ def test_a_replay_that_computes_something_else_is_refused(net, batches):
         GraphedStep(net, batches[0], PLAIN, capture=forgetful)
 
 
+def test_a_capture_that_fails_leaves_the_network_as_it_was(net, batches):
+    def failing(step):
+        step()
+        raise RuntimeError("cannot capture")
+
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match="cannot capture"):
+        GraphedStep(net, batches[0], PLAIN, capture=failing)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_nothing_is_captured_without_a_gpu(net, batches):
     assert graphed_step(net, batches[0], PLAIN, 1.0) is None
     assert not net.graphed_steps

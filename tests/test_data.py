@@ -257,5 +257,14 @@ def test_rooms_are_rendered_and_prepared_once(tmp_path):
     assert ensure_rooms(rooms, folder, progress=False) == folder and times(folder) == before
     with pytest.raises(UserError, match="rendered with seed=5"):
         ensure_rooms(Data(size=16, buildings=2, views=3), folder, progress=False)
+    record = folder / "rooms.json"
+    text = record.read_text()
+    record.write_text(text.replace('"renderer_version": ', '"renderer_version": 1'))
+    with pytest.raises(UserError, match="rendered with renderer_version=1"):
+        ensure_rooms(rooms, folder, progress=False)
+    record.unlink()
+    for place in (folder, folder / "prepared" / "16px"):
+        with pytest.raises(UserError, match="has no rooms.json.*data.source=taskonomy"):
+            ensure_rooms(rooms, place, progress=False)
     with pytest.raises(UserError, match="--data"):
         ensure_rooms(config(), None)

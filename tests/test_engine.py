@@ -3,7 +3,7 @@
 import shutil
 import threading
 import time
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -253,6 +253,15 @@ def test_a_lost_worker_is_a_failure_where_it_is_not_expected(single, store, fold
         run({0: recipe([Need(single("d"), 4)])}, store, folder, executor=LosesWorkers([1]))
 
 
+def test_a_killed_worker_is_told_in_one_line(single, store, folder):
+    class Broken(Executor):
+        def submit(self, *job):
+            raise BrokenExecutor("A child process terminated abruptly")
+
+    with pytest.raises(EngineError, match="^a worker process was killed, .*same command continues"):
+        run({0: recipe([Need(single("d"), 4)])}, store, folder, executor=Broken())
+
+
 def test_two_processes_give_the_records_of_one(settings, folder, store, tmp_path):
     """MAS-2 on two spawned workers and in this process, one thread each: the same bits.
 
@@ -299,7 +308,8 @@ def test_devices_and_threads(monkeypatch):
     for name in ("cuda", "cuda:1"):
         with pytest.raises(UserError, match="there is no GPU here"):
             choose_device(name)
-    with pytest.raises(UserError, match="unknown device 'abacus'"):
-        choose_device("abacus")
+    for name in ("abacus", "meta"):  # the second holds no numbers
+        with pytest.raises(UserError, match=f"unknown device '{name}'"):
+            choose_device(name)
     monkeypatch.setattr(engine.os, "cpu_count", lambda: 8)
     assert [threads_per_worker(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]

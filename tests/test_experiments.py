@@ -6,7 +6,7 @@ import pytest
 
 from mas_core import experiments, federated
 from mas_core.engine import collect
-from mas_core.experiments import Missing, ask, needs
+from mas_core.experiments import Missing, ask
 from mas_core.store import Store
 
 TINY = {
@@ -59,7 +59,7 @@ def test_figures_compare_the_papers_methods(small):
 
 
 def first_needs(experiment, store, seed=0, overrides=None):
-    return {n.trajectory for n in needs(experiment(store, seed, overrides or {}), store)}
+    return {n.trajectory for n in collect(experiment(store, seed, overrides or {}), store)[1]}
 
 
 def test_the_trunk_is_one_trajectory_for_all_figures(small):
@@ -143,10 +143,10 @@ def test_asking_trains_what_is_missing_when_told_to_and_only_then(folder, tmp_pa
 def test_needs_are_those_that_are_not_on_record(folder, tmp_path):
     store = Store(tmp_path, "smoke")
     s = experiments.study(store, "sdnkt", 0, TINY)
-    asked = list(needs(experiments.tour(store, 0, TINY), store))
+    asked = collect(experiments.tour(store, 0, TINY), store)[1]
     assert [n.trajectory.tasks for n in asked] == ["s", "d", "n", "k", "t", "sdnkt", "sdnkt"]
     federated.train(s.from_scratch("k"), 4, store, folder)
-    later = list(needs(experiments.tour(store, 0, TINY), store))
+    later = collect(experiments.tour(store, 0, TINY), store)[1]
     assert later == [n for n in asked if n.trajectory.tasks != "k"]
     assert collect({}, store) == ({}, [])
 

@@ -391,6 +391,32 @@ def test_what_cannot_be_split_is_said_before_anything_is_trained(study):
             next(method(replace(study, settings=settings)))
 
 
+def test_one_task_cannot_be_split(study):
+    for method in (merge_and_split, tag):
+        with pytest.raises(UserError, match="tasks=d: one task cannot be split"):
+            next(method(replace(study, tasks="d"), 1))
+
+
+def test_affinities_that_lack_their_first_round_are_refused(study):
+    trunk = study.all_in_one()
+    make_record(study.store, Need(trunk, 4))
+    rows = study.store.read_rows(trunk, "affinity.csv", 4)
+    study.store.write_affinities(trunk, [row for row in rows if row["round"] != "0"])
+    with pytest.raises(UserError, match="affinity.csv lacks rounds"):
+        affinity_before_split(study)
+
+
+def test_records_of_different_images_do_not_make_one_result(study):
+    recipe = one_by_one(study)
+    for need in next(recipe):
+        make_record(study.store, need)
+        result = study.store.result(need.trajectory)
+        images = "others" if need.trajectory.tasks == "k" else "these"
+        study.store.write_result(need.trajectory, result | {"data": images})
+    with pytest.raises(UserError, match="one-by-one joins records trained on different images"):
+        next(recipe)
+
+
 def test_a_study_of_no_tasks(settings, store):
     for tasks in ("", "sx", "ss"):
         with pytest.raises(UserError):

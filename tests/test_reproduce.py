@@ -92,10 +92,17 @@ def test_parameters_are_literals_or_text_and_never_run():
 
 
 def test_no_train_draws_what_is_on_record(tmp_path, monkeypatch, capsys):
-    trained = []
+    trained, given = [], []
+
+    def run_notebooks(folder, parameters, *rest):
+        given.append(parameters["figure_05_sdnkt"].get("seeds"))
+        return [dict(notebook="x", status="ok")]
+
     monkeypatch.setattr("mas_core.__main__.train_recipes", lambda *a: trained.append(a))
-    monkeypatch.setattr(reproduce, "run_notebooks", lambda *a: [dict(notebook="x", status="ok")])
+    monkeypatch.setattr(reproduce, "run_notebooks", run_notebooks)
     command = ["reproduce", "figure_05_sdnkt", "--results", str(tmp_path)]
     assert main([*command, "--no-train"]) == 0 and not trained
+    assert main([*command, "--no-train", "--seeds", "1"]) == 0 and not trained
     assert main(command) == 0 and len(trained) == 1
+    assert given == [None, [1], [0]]  # None: those that the notebook names
     assert "ok" in capsys.readouterr().out

@@ -349,6 +349,47 @@ def test_rounds_that_the_checkpoint_has_and_the_table_lacks(trajectory, folder, 
     refused(trajectory, half, folder, "lacks rounds that its checkpoint has")
 
 
+@pytest.mark.parametrize("lost", [0, 1, "all"], ids=str)
+def test_affinities_that_the_checkpoint_has_and_the_table_lacks(trajectory, folder, half, lost):
+    path = half.folder(trajectory) / "affinity.csv"
+    head, *rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([head, *(r for r in rows if not r.startswith(f"{lost},"))]))
+    if lost == "all":
+        path.unlink()
+    refused(trajectory, half, folder, "lacks affinities of rounds that its checkpoint has")
+
+
+@pytest.mark.parametrize("lines", [0, 1, 3])
+def test_a_complete_record_that_lacks_rounds(trajectory, folder, whole, store, lines):
+    shutil.copytree(whole.root, store.root)
+    path = store.folder(trajectory) / "rounds.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    refused(trajectory, store, folder, "lacks rounds of a complete record; restore it, or delete")
+
+
+def test_a_result_without_losses(trajectory, folder, whole, store):
+    shutil.copytree(whole.root, store.root)
+    (store.folder(trajectory) / "result.json").write_text("{}")
+    refused(trajectory, store, folder, "result.json is damaged; restore it, or delete")
+
+
+@pytest.mark.parametrize("text", ["", "nothing\n1\n", "round,client\nx,y\n", "\0\n"], ids=repr)
+def test_tables_that_are_none(trajectory, whole, store, text):
+    shutil.copytree(whole.root, store.root)
+    for name, read in (("rounds.csv", store.rounds), ("affinity.csv", store.affinities)):
+        (store.folder(trajectory) / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name} is damaged .*restore it, or delete"):
+            read(trajectory)
+
+
+def test_a_table_of_affinities_that_was_cut(trajectory, whole, store):
+    shutil.copytree(whole.root, store.root)
+    path = store.folder(trajectory) / "affinity.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="affinity.csv is damaged .*reshape"):
+        store.affinities(trajectory)
+
+
 def edit(store, trajectory, change):
     path = store.folder(trajectory) / "config.json"
     values = json.loads(path.read_text())
