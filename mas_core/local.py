@@ -34,7 +34,7 @@ class LocalResult:
     samples: int  # images trained on, E epochs together
     affinity: Tensor | None = None  # (n, n) mean over the measured steps
     measurements: int = 0
-    affinity_seconds: float = 0.0
+    affinity_seconds: float = 0.0  # with the encoder's backward pass that training needs anyway
     balance: Balance | None = field(default=None)
 
     @property
