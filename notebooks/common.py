@@ -219,7 +219,7 @@ def label_points(ax, points, sides=(1, -1, 0), bars=()):
         px, py = ax.transData.transform((x, y))
         taken += [(left, right, py - 4 * size, py + 4 * size), (px - 4 * size, px + 4 * size, low, high)]
     frame = ax.get_window_extent().extents[[0, 2, 1, 3]]
-    for (x, y, name, c), (px, py) in zip(points, where):
+    for i, ((x, y, name, c), (px, py)) in enumerate(zip(points, where)):
         w, h, best = 6.2 * size * len(name), 11 * size, None
         for far in (9, 20, 32, 45):
             for dx, dy in directions:
@@ -228,7 +228,10 @@ def label_points(ax, points, sides=(1, -1, 0), bars=()):
                 over = sum(max(0, min(box[1], t[1]) - max(box[0], t[0]))
                            * max(0, min(box[3], t[3]) - max(box[2], t[2])) for t in taken)
                 out = max(0, frame[0] - box[0], box[1] - frame[1], frame[2] - box[2], box[3] - frame[3])
-                worse = over + 50 * out + far * size
+                gaps = [np.hypot(max(box[0] - x, 0, x - box[1]), max(box[2] - y, 0, y - box[3]))
+                        for x, y in where]
+                astray = gaps[i] - min(gaps)  # how much nearer another point lies
+                worse = over + 50 * out + far * size + 100 * astray
                 best = (worse, cx, cy, box) if best is None or worse < best[0] else best
         _, cx, cy, box = best
         taken.append(box)
