@@ -275,8 +275,7 @@ def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
 
     Seconds are those of local training and averaging. Affinities are measured in more rounds than
     a method asks for; the time of those measurements is left out, and energy in proportion. In it
-    goes one backward pass through the encoder a measured step, which training needs anyway (about
-    a fifth of a plain step, a tenth of what measuring takes).
+    goes one backward pass through the encoder a measured step, which training needs anyway.
     """
     rows = store.rounds(part.trajectory)
     rows = rows[(rows["round"] >= part.begin) & (rows["round"] < part.end)]
