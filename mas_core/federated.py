@@ -298,12 +298,21 @@ def _result(
     best_state, best_round = store.load_checkpoint(trajectory, path, state, data.fingerprint)
     load_state(net, {name: tensor.to(device) for name, tensor in best_state.items()})
     best = evaluate(net, data.evaluation("test", net.tasks, 64, device))
+    of_clients = [
+        evaluate(net, data.evaluation("test", net.tasks, 64, device, k))
+        if data.count(k, "test")
+        else dict.fromkeys(net.tasks)
+        for k in range(len(data.names))
+    ]
     return {
         "trajectory": trajectory.id,
         "rounds": trajectory.fl.rounds,
         "test_last": last,
         "test_best": best,
         "best_round": best_round,
+        "test_best_clients": {
+            a: [x[a] and float(f"{x[a]:.6g}") for x in of_clients] for a in net.tasks
+        },
         "test_constant": constant_losses(data, net.tasks, device),
         "test_images": sum(data.count(k, "test") for k in range(len(data.names))),
         "data": data.images,

@@ -312,6 +312,12 @@ def test_a_trajectory_by_hand(trajectory, folder, opened, store):
         expected = evaluate(net, data.evaluation("test", "dk", 64, "cpu"))
         assert result[key] == pytest.approx(expected, rel=1e-6)
     assert result["test_images"] == 8 and result["data"] == data.images
+    load_state(net, states[best])
+    for k in range(4):  # each building's own test views, with the same model
+        own = evaluate(net, data.evaluation("test", "dk", 64, "cpu", k))
+        assert [result["test_best_clients"][a][k] for a in "dk"] == pytest.approx(
+            [own["d"], own["k"]], rel=1e-5
+        )
     assert json.loads((store.folder(trajectory) / "config.json").read_text()) == json.loads(
         json.dumps(trajectory.to_json())
     )
