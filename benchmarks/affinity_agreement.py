@@ -18,7 +18,7 @@ from mas_core.affinity import (
     representation_affinity,
 )
 from mas_core.config import Trajectory
-from mas_core.data import FederatedData, open_data
+from mas_core.data.clients import FederatedData, open_data
 from mas_core.federated import build, client_batches, load_state, run_round, select_clients
 from mas_core.models import MultiTaskNet, forward_tasks
 from mas_core.split import Split, best_split, grouping_score, partitions, self_affinity

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from mas_core.data import open_data
-from mas_core.evaluate import evaluate
+from mas_core.data.clients import open_data
 from mas_core.models import MultiTaskNet
+from mas_core.records.evaluate import evaluate
 
 from .scenes import prepared
 from .timing import Row, compare, in_turns, main

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from mas_core.config import Settings, Trajectory
-from mas_core.data import open_data
+from mas_core.data.clients import open_data
 from mas_core.federated import build, client_batches, select_clients, train
-from mas_core.store import Store
+from mas_core.records.store import Store
 from mas_core.tasks import task_losses
 
 from .scenes import prepared

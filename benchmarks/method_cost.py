@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from mas_core.config import Settings, Trajectory
-from mas_core.data import open_data
-from mas_core.experiments import ask, figure_5, figure_6
+from mas_core.data.clients import open_data
 from mas_core.federated import build, run_round, start_state
 from mas_core.methods import MethodResult
-from mas_core.store import open_store
+from mas_core.paper.experiments import ask, figure_5, figure_6
+from mas_core.records.store import open_store
 
 from .scenes import prepared
 from .timing import Row, in_turns, main

@@ -58,7 +58,7 @@ def _write(views: list) -> None:
 
 def _first_version(folder: Path) -> ModuleType | None:
     """The package `rooms` as it was first committed; None where the history does not say."""
-    path = "mas_core/rooms"
+    path = "mas_core/rooms"  # where it stood then
     log = ["git", "log", "--diff-filter=A", "--format=%H", "--", f"{path}/render.py"]
     found = subprocess.run(log, cwd=HERE, capture_output=True, text=True).stdout.split()
     if not found:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from mas_core.cost import device_name
-from mas_core.store import provenance
+from mas_core.records.cost import device_name
+from mas_core.records.store import provenance
 
 cpu = time.process_time  # of this process alone: what else runs on a machine disturbs it little
 wall = time.perf_counter  # where several processes or a GPU do the work

@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import median
 
 from mas_core.config import Trajectory
-from mas_core.engine import local_workers, run, train_job
 from mas_core.methods import Need
-from mas_core.store import Store
+from mas_core.records.store import Store
+from mas_core.run.engine import local_workers, run, train_job
 
 from .scenes import prepared
 from .timing import Row, compare, in_turns, main, wall

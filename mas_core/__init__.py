@@ -13,18 +13,25 @@ _HOME = {
     "lookahead_affinity": "affinity",
     "MultiTaskNet": "models",
     "merge": "models",
-    "open_store": "store",
-    "open_data": "data",
+    "open_store": "records.store",
+    "open_data": "data.clients",
     "settings": "config",
     "UserError": "config",
     "Study": "methods",
     "TASKS": "tasks",
     "TASK_SETS": "tasks",
 }
-_MODULES = (
-    "affinity", "config", "cost", "data", "engine", "evaluate", "experiments", "federated", "local",
-    "methods", "models", "rooms", "split", "store", "taskonomy", "tasks",
-)  # fmt: skip
+_MODULES = {
+    name: f"{folder}{name}"
+    for folder, names in {
+        "": "affinity config federated local methods models split tasks",
+        "data.": "clients rooms taskonomy",
+        "records.": "cost evaluate store",
+        "run.": "engine",
+        "paper.": "experiments",
+    }.items()
+    for name in names.split()
+}
 __all__ = sorted([*_HOME, *_MODULES])
 
 
@@ -32,7 +39,7 @@ def __getattr__(name: str):
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     if name in _MODULES:
-        return import_module(f".{name}", __name__)
+        return import_module(f".{_MODULES[name]}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -146,16 +146,16 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from .demo import demo
+    from .paper.demo import demo
 
     demo(arguments.results, arguments.data, arguments.workers, arguments.device)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from .config import UserError, settings
-    from .demo import method_table
     from .methods import METHODS, TAKES_SPLITS, Study
-    from .store import open_store
+    from .paper.demo import method_table
+    from .records.store import open_store
 
     if arguments.method not in METHODS:
         raise UserError(f"unknown method {arguments.method!r}; allowed: {', '.join(METHODS)}")
@@ -181,8 +181,8 @@ def train_recipes(
     """Drive recipes with a progress bar; on local processes, Dask or Slurm where asked for."""
     import multiprocessing
 
-    from . import engine
-    from .data import ensure_rooms
+    from .data.clients import ensure_rooms
+    from .run import engine
 
     elsewhere = bool(dask or slurm)  # where a GPU here says nothing
     device = (device or "cuda") if elsewhere else engine.choose_device(device)
@@ -190,7 +190,7 @@ def train_recipes(
     with contextlib.ExitStack() as stack:
         executor, threads, slots, resubmit = None, None, workers, ()
         if elsewhere:
-            from .cluster import dask_workers, slurm_workers
+            from .run.cluster import dask_workers, slurm_workers
 
             at = (device, study.store.results, folder)
             opened = dask_workers(dask, *at) if dask else slurm_workers(slurm, workers, *at)
@@ -213,7 +213,7 @@ def progress_bar(store: Any) -> Iterator[Any]:
     """A bar over rounds, with what is running and left; a thread reads the records on disk."""
     from tqdm import tqdm
 
-    from .engine import Progress
+    from .run.engine import Progress
 
     progress, stop, seen, known = Progress(), threading.Event(), {}, {}
     with tqdm(unit="round", desc="train", dynamic_ncols=True) as bar:
@@ -262,7 +262,7 @@ def progress_bar(store: Any) -> Iterator[Any]:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from .plan import plan
+    from .paper.plan import plan
 
     print(plan(arguments.notebooks, arguments.preset, arguments.seeds or [0], _overrides(arguments),
                arguments.results, arguments.images_per_second))  # fmt: skip
@@ -270,10 +270,10 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from .config import UserError
-    from .reproduce import reproduce
+    from .paper.reproduce import reproduce
 
     if arguments.dry_run:
-        from .cluster import slurm_job_script
+        from .run.cluster import slurm_job_script
 
         if not arguments.slurm:
             raise UserError("--dry-run prints a Slurm job script: name the --slurm PARTITION")
@@ -284,7 +284,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> None:
     from .config import PRESETS, UserError
-    from .store import open_store
+    from .records.store import open_store
 
     if arguments.preset is not None and arguments.preset not in PRESETS:
         raise UserError(f"unknown preset {arguments.preset!r}; allowed: {', '.join(PRESETS)}")
@@ -305,7 +305,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 def _render(arguments: argparse.Namespace) -> None:
     from .config import UserError
-    from .rooms import render_rooms
+    from .data.rooms import render_rooms
 
     try:
         summary = render_rooms(
@@ -318,7 +318,7 @@ def _render(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from .taskonomy import prepare
+    from .data.taskonomy import prepare
     from .tasks import DOMAINS
 
     done = prepare(arguments.root, arguments.size, tuple(arguments.domains or DOMAINS),

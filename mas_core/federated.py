@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .config import Trajectory, UserError, stream
-from .cost import Meter, device_name, peak_memory_bytes, state_bytes
-from .cuda_graph import sgd
-from .data import FederatedData, open_data
-from .evaluate import constant_losses, evaluate
+from .data.clients import FederatedData, open_data
 from .local import Balance, LocalResult, local_update
 from .models import MultiTaskNet, restrict_state
-from .store import State, Store, provenance
+from .records.cost import Meter, device_name, peak_memory_bytes, state_bytes
+from .records.evaluate import constant_losses, evaluate
+from .records.store import State, Store, provenance
+from .run.cuda_graph import sgd
 from .tasks import Batch
 
 KEPT = 10  # states kept on the way of trajectories that others may start from

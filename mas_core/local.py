@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .affinity import backward_sum, encoder_gradients, lookahead
 from .config import FL
-from .cost import device_clock
-from .cuda_graph import graphed_step, sgd
 from .models import MultiTaskNet, forward_tasks
+from .records.cost import device_clock
+from .run.cuda_graph import graphed_step, sgd
 from .tasks import Batch
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from .config import Settings, Trajectory, UserError
-from .cost import JOULES_PER_KWH, Cost, estimated_kwh
+from .records.cost import JOULES_PER_KWH, Cost, estimated_kwh
+from .records.store import Store
 from .split import best_split, hoa_groups, partitions, tag_groups
-from .store import Store
 from .tasks import check_tasks, sort_tasks
 
 

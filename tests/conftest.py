@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from mas_core.config import FL, Data, Mas, Model, Settings, Trajectory, stream
-from mas_core.data import open_data, prepare
-from mas_core.store import Store
+from mas_core.data.clients import open_data, prepare
+from mas_core.records.store import Store
 from mas_core.tasks import DOMAINS, NUM_CLASSES, STORED, decode_batch, domains_of
 
 SIZE = 16  # pixels

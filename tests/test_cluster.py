@@ -22,13 +22,13 @@ from mas_core import engine
 from mas_core.__main__ import main, train_recipes
 from mas_core.config import UserError, override
 from mas_core.methods import Study, all_in_one, merge_and_split, one_by_one
-from mas_core.store import Store
+from mas_core.records.store import Store
 
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
 psutil = pytest.importorskip("psutil")  # with distributed
 pytest.importorskip("dask_jobqueue")
-from mas_core import cluster  # noqa: E402
+from mas_core.run import cluster  # noqa: E402
 
 DEADLINE = 300  # seconds; reached only where something hangs
 R0, ROUNDS = 12, 16
@@ -396,6 +396,6 @@ def has_ended(pid):
 
 
 def test_dask_is_imported_only_where_it_is_asked_for():
-    code = ("import sys, mas_core.cluster, mas_core.__main__; "
+    code = ("import sys, mas_core.run.cluster, mas_core.__main__; "
             "assert not {'dask', 'distributed'} & sys.modules.keys()")  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True)

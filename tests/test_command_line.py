@@ -13,7 +13,7 @@ import pytest
 
 from mas_core.__main__ import main
 from mas_core.config import settings as preset_settings
-from mas_core.store import Store
+from mas_core.records.store import Store
 from mas_core.tasks import DOMAINS
 
 TINY = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mas_core.store import Store
+from mas_core.records.store import Store
 
 RESULTS = Path(__file__).parent.parent / "results"
 PINNED = Path(__file__).parent / "committed_records.txt"  # preset, id, digest of its files

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mas_core import cost
-from mas_core.cost import Cost, Meter, co2_grams, device_name, estimated_kwh, state_bytes
+from mas_core.records.cost import Cost, Meter, co2_grams, device_name, estimated_kwh, state_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -343,7 +343,7 @@ import sys
 seen = []
 sys.addaudithook(lambda event, _: seen.append(event) if event.startswith("socket.") else None)
 from carbontracker.components.cpu import intel
-from mas_core.cost import Meter
+from mas_core.records.cost import Meter
 from pathlib import Path
 intel.RAPL_DIR = sys.argv[1]
 meter = Meter("cpu")
@@ -373,7 +373,7 @@ ABSENT = """
 import sys
 for name in ("carbontracker", "pynvml"):
     sys.modules[name] = None
-from mas_core.cost import Meter
+from mas_core.records.cost import Meter
 with Meter("cpu") as meter:
     pass
 assert meter.joules is None and meter.seconds > 0

@@ -7,9 +7,9 @@ import torch
 
 from mas_core import local
 from mas_core.config import FL
-from mas_core.cuda_graph import GraphedStep, graphed_step, run_eagerly
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
+from mas_core.run.cuda_graph import GraphedStep, graphed_step, run_eagerly
 
 PLAIN = FL(batch_size=4, affinity_every=3)
 LR = 0.01

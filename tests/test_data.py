@@ -11,7 +11,7 @@ from PIL import Image
 from test_taskonomy import SIZE, config, encoded, png, quietly, times, write
 
 from mas_core.config import Data, UserError, stream
-from mas_core.data import ensure_rooms, open_data, split_indices
+from mas_core.data.clients import ensure_rooms, open_data, split_indices
 from mas_core.tasks import decode_batch, domains_of
 
 ALL = "sdnkterca"

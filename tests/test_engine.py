@@ -12,7 +12,10 @@ from test_methods import make_record
 
 from mas_core import engine
 from mas_core.config import Trajectory, UserError
-from mas_core.engine import (
+from mas_core.federated import TrainingDiverged, is_done, train
+from mas_core.methods import Need, Study, merge_and_split
+from mas_core.records.store import Store
+from mas_core.run.engine import (
     EngineError,
     Progress,
     choose_device,
@@ -22,9 +25,6 @@ from mas_core.engine import (
     threads_per_worker,
     with_ancestors,
 )
-from mas_core.federated import TrainingDiverged, is_done, train
-from mas_core.methods import Need, Study, merge_and_split
-from mas_core.store import Store
 
 VARY = ["seconds", "joules", "affinity_seconds"]
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from mas_core.evaluate import constant_losses, evaluate
 from mas_core.models import MultiTaskNet
+from mas_core.records.evaluate import constant_losses, evaluate
 from mas_core.tasks import task_losses
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from mas_core import experiments, federated
-from mas_core.engine import collect
-from mas_core.experiments import Missing, ask
-from mas_core.store import Store
+from mas_core.paper.experiments import Missing, ask
+from mas_core.records.store import Store
+from mas_core.run.engine import collect
 
 TINY = {
     "data.source": "taskonomy", "data.size": 16, "data.buildings": 4, "fl.batch_size": 4,

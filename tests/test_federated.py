@@ -13,8 +13,7 @@ from torch import nn
 from mas_core import federated
 from mas_core.affinity import lookahead_affinity
 from mas_core.config import FL, Trajectory, UserError, override, stream
-from mas_core.data import open_data
-from mas_core.evaluate import evaluate
+from mas_core.data.clients import open_data
 from mas_core.federated import (
     TrainingDiverged,
     build,
@@ -30,6 +29,7 @@ from mas_core.federated import (
 )
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
+from mas_core.records.evaluate import evaluate
 from mas_core.tasks import Batch, task_losses
 
 UNTIMED = ["seconds", "joules", "affinity_seconds"]
@@ -382,7 +382,7 @@ def test_a_branch_starts_from_its_parents_weights(trajectory, folder, store, set
 def test_a_branch_of_a_parent_without_a_record_trains_it_first(trajectory, folder, store, tmp_path):
     branch = replace(trajectory, tasks="k", parent=trajectory, start_round=2)
     train(branch, 4, store, folder)
-    from mas_core.store import Store
+    from mas_core.records.store import Store
 
     other = Store(tmp_path / "other", "small")
     train(trajectory, 4, other, folder)
@@ -506,7 +506,7 @@ def test_standalone_clients_train_on_their_own_images_alone(trajectory, folder, 
 
 
 def test_two_runs_are_bit_identical(trajectory, folder, store, tmp_path):
-    from mas_core.store import Store
+    from mas_core.records.store import Store
 
     stores = [store, Store(tmp_path / "again", "small")]
     for s in stores:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from mas_core import engine, federated
 from mas_core.config import Settings, UserError, stream
-from mas_core.cost import estimated_kwh
 from mas_core.methods import (
     METHODS,
     TAKES_SPLITS,
@@ -29,8 +28,9 @@ from mas_core.methods import (
     standalone,
     tag,
 )
+from mas_core.records.cost import estimated_kwh
+from mas_core.records.store import Store
 from mas_core.split import best_split, hoa_groups, partitions, tag_groups
-from mas_core.store import Store
 
 FIVE = "sdnkt"
 DEVICE = "a CPU, 1 thread"

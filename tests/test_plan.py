@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from mas_core import plan
 from mas_core.config import Data, Model, Trajectory
 from mas_core.config import settings as preset_settings
-from mas_core.cost import state_bytes
 from mas_core.federated import build
 from mas_core.methods import Study
-from mas_core.store import Store
+from mas_core.paper import plan
+from mas_core.records.cost import state_bytes
+from mas_core.records.store import Store
 
 SMOKE = preset_settings("smoke")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mas_core import reproduce
 from mas_core.__main__ import main
 from mas_core.config import UserError
+from mas_core.paper import reproduce
 
 
 def test_notebooks_are_named_by_stem_file_or_path():

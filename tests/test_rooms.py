@@ -11,13 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mas_core.rooms as rooms
-from mas_core.rooms import DOMAINS, encode, make_building, make_cameras, render_rooms, render_view
-from mas_core.rooms import shapes as sh
-from mas_core.rooms.labels import cast
-from mas_core.rooms.render import view_counts
-from mas_core.rooms.scene import Room, Scene, box_corners, draw_style, group, look, stream
-from mas_core.rooms.shapes import intersect
+import mas_core.data.rooms as rooms
+from mas_core.data.rooms import (
+    DOMAINS,
+    encode,
+    make_building,
+    make_cameras,
+    render_rooms,
+    render_view,
+)
+from mas_core.data.rooms import shapes as sh
+from mas_core.data.rooms.labels import cast
+from mas_core.data.rooms.render import view_counts
+from mas_core.data.rooms.scene import Room, Scene, box_corners, draw_style, group, look, stream
+from mas_core.data.rooms.shapes import intersect
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real_sample"
 PLAIN = (0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.3, 0.0)
@@ -430,7 +437,7 @@ def test_no_arithmetic_that_differs_between_processors():
 
 
 def test_rooms_need_no_torch():
-    code = "import sys, mas_core.rooms; sys.exit('torch' in sys.modules)"
+    code = "import sys, mas_core.data.rooms; sys.exit('torch' in sys.modules)"
     root = Path(rooms.__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 

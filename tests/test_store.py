@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from mas_core import federated
 from mas_core import store as store_module
 from mas_core.config import UserError
-from mas_core.data import prepare
+from mas_core.data.clients import prepare
 from mas_core.federated import train
-from mas_core.store import Store, open_store
+from mas_core.records.store import Store, open_store
 
 VARY = {"seconds", "joules", "affinity_seconds"}  # what a repeated run may record otherwise
 VARY_RESULT = {"energy_source", "peak_memory_bytes", "git_dirty", "git_revision"}

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from mas_core.config import Data, UserError, stream
-from mas_core.data import open_data
-from mas_core.taskonomy import find_views, prepare, read_png, resize
+from mas_core.data.clients import open_data
+from mas_core.data.taskonomy import find_views, prepare, read_png, resize
 from mas_core.tasks import DOMAINS, NUM_CLASSES, STORED
 
 SIZE = 16

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from .config import Trajectory, UserError
-from .federated import is_done, train
-from .methods import Need
-from .store import Store
+from ..config import Trajectory, UserError
+from ..federated import is_done, train
+from ..methods import Need
+from ..records.store import Store
 
 
 class EngineError(RuntimeError):

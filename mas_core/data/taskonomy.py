@@ -23,8 +23,8 @@ from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .config import UserError
-from .tasks import DEPTH_DOMAIN, DOMAINS, MAX_DEPTH, NUM_CLASSES, STORED, TASKS
+from ..config import UserError
+from ..tasks import DEPTH_DOMAIN, DOMAINS, MAX_DEPTH, NUM_CLASSES, STORED, TASKS
 
 INVALID_DEPTH = 2**16 - 1
 FORMAT = 1  # of the prepared folder; another number prepares anew

@@ -17,12 +17,12 @@ from typing import Any
 
 import pandas as pd
 
+from ..config import UserError, settings
+from ..data.clients import rooms_folder
+from ..methods import Study
+from ..records.store import Store, open_store
+from ..run.engine import EngineError, collect, threads_per_worker
 from . import experiments as x
-from .config import UserError, settings
-from .data import rooms_folder
-from .engine import EngineError, collect, threads_per_worker
-from .methods import Study
-from .store import Store, open_store
 
 NOTEBOOKS: dict[str, tuple[x.Experiment, ...]] = {
     "00_tour": (x.tour,),
@@ -69,7 +69,7 @@ def recipes_of(
 
 def reproduce(arguments: Namespace, overrides: dict[str, Any]) -> int:
     """Train what the named notebooks miss, run them, print a table; 1 where anything failed."""
-    from .__main__ import train_recipes
+    from ..__main__ import train_recipes
 
     stems, preset = chosen(arguments.notebooks), arguments.preset
     seeds = arguments.seeds or [0]
@@ -112,7 +112,7 @@ def reproduce(arguments: Namespace, overrides: dict[str, Any]) -> int:
 
 def notebooks_folder() -> Path:
     """notebooks/ here, or beside the package; a UserError where the package came without."""
-    places = [Path("notebooks"), Path(__file__).resolve().parent.parent / "notebooks"]
+    places = [Path("notebooks"), Path(__file__).resolve().parents[2] / "notebooks"]
     for place in places:
         if any(place.glob("*.ipynb")):
             return place

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .config import Model, Settings, Trajectory, settings, stream
-from .cost import state_bytes
-from .engine import with_ancestors
-from .federated import is_done
-from .methods import Part
-from .models import MultiTaskNet
+from ..config import Model, Settings, Trajectory, settings, stream
+from ..federated import is_done
+from ..methods import Part
+from ..models import MultiTaskNet
+from ..records.cost import state_bytes
+from ..records.store import Affinities, Store, open_store
+from ..run.engine import with_ancestors
 from .reproduce import chosen, recipes_of
-from .store import Affinities, Store, open_store
 
 TASKONOMY_IMAGES = 10_000  # assumed images a building: the paper's hold 4,000 to 16,000
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -136,7 +136,7 @@ def images_a_round(t: Trajectory) -> float:
     """Training images of a round, in the mean over the clients that may be drawn: K E |D_k|."""
     data, fl = t.data, t.fl
     if data.source == "rooms":
-        from .rooms.render import view_counts
+        from ..data.rooms.render import view_counts
 
         counts = view_counts(data.buildings, data.views, data.render_seed)
     else:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .data import FederatedData
-from .models import MultiTaskNet
-from .tasks import NUM_CLASSES, TASKS, Batch, task_losses
+from ..data.clients import FederatedData
+from ..models import MultiTaskNet
+from ..tasks import NUM_CLASSES, TASKS, Batch, task_losses
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import Data, UserError, stream
+from ..config import Data, UserError, stream
+from ..tasks import INPUT_DOMAIN, TASKS, Batch, check_tasks, decode_batch, domains_of
 from .taskonomy import View, hash_json, open_array, prepare
-from .tasks import INPUT_DOMAIN, TASKS, Batch, check_tasks, decode_batch, domains_of
 
 SPLITS = ("train", "val", "test")
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import methods
-from .config import settings
-from .engine import collect, run
-from .methods import Recipe, Study
-from .store import Store
-from .tasks import TASK_SETS
+from .. import methods
+from ..config import settings
+from ..methods import Recipe, Study
+from ..records.store import Store
+from ..run.engine import collect, run
+from ..tasks import TASK_SETS
 
 Key = tuple[str, str, int]
 Recipes = dict[Key, Recipe]
@@ -238,7 +238,7 @@ def ask(
     for seed in seeds:
         recipes |= experiment(store, seed, overrides or {})
     if train_missing:
-        from .data import ensure_rooms
+        from ..data.clients import ensure_rooms
 
         chosen = settings(store.preset, overrides=overrides)
         return run(recipes, store, ensure_rooms(chosen.data, data_folder, progress=False))

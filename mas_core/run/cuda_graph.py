@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .affinity import backward_sum
-from .config import FL
-from .models import MultiTaskNet, forward_tasks
-from .tasks import Batch
+from ..affinity import backward_sum
+from ..config import FL
+from ..models import MultiTaskNet, forward_tasks
+from ..tasks import Batch
 
 PIXELS = 2**18  # batches below this are bound by launches: 256 images of 32 px, 4 of 256 px
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .config import FL, Data, Model, Trajectory, UserError
+from ..config import FL, Data, Model, Trajectory, UserError
 
 State = dict[str, Tensor]
 _REMEDY = "restore it, or delete its folder to train anew"
@@ -250,7 +250,7 @@ def open_store(preset: str = "small", results: Path | str = "results") -> Store:
 @cache
 def provenance() -> dict[str, Any]:
     """Versions and git revision of what is running; null where they cannot be told."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str | None:
         try:

@@ -1,0 +1,1 @@
+"""Buildings on disk -> verified, memory-mapped arrays -> clients -> batches on the device."""

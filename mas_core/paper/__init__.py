@@ -1,0 +1,1 @@
+"""What the paper asks for: its experiments, notebooks, plan and demonstration."""
