@@ -1,54 +1,286 @@
-"""How the notebooks judge a claim, and which training times they compare."""
+"""Verdicts on claims: by hand where that is possible, by simulation of noise where it is not."""
 
-import json
-import sys
-from pathlib import Path
+import math
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
-import common  # noqa: E402
+from mas_core.paper import verdicts
+from mas_core.paper.verdicts import ABSENT, FAILS, HOLDS, ONE_SEED, OPEN, SAME, Finding
+from mas_core.split import partitions
+
+NOISE = 0.95  # per cent: sd of a paired difference of total losses over seeds of the small preset
+
+
+def by_seed(*values):
+    return pd.Series(values, dtype=float)
+
+
+def share(found, *verdicts_):
+    """Share of findings with one of these verdicts."""
+    return np.mean([f.verdict in verdicts_ for f in found])
+
+
+def most(n, level=0.05):
+    """The level, and three standard errors of a share of n for what the draws are off."""
+    return level + 3 * math.sqrt(level * (1 - level) / n)
 
 
 @pytest.mark.parametrize(
-    ("effects", "least", "verdict", "text"),
+    ("effect", "least", "verdict", "text"),
     [
-        ([[1.5], [1.2]], 0, common.HOLDS, "1.50 (one seed: no spread)"),
-        ([[-1.5], [-1.2]], 0, common.FAILS, "-1.50 (one seed: no spread)"),
-        ([[0.9], [0.9]], 0, common.OPEN, "0.90 (one seed: no spread)"),  # noise
-        ([[1.5], [3.2]], 0, common.OPEN, "1.50 (one seed: no spread)"),  # the judges differ more
-        ([[12.0], [13.0]], 10, common.HOLDS, "12.00 (one seed: no spread)"),
-        ([[1.0]], 0.999, common.HOLDS, "1.00 (one seed: no spread)"),  # a share, not a loss
-        # Student's t, one-sided 95 %: 6.31 standard errors for two seeds, 2.92 for three.
-        ([[0.9, 1.1]], 0, common.HOLDS, "1.00 ± 0.14 (2 seeds)"),
-        ([[0.8, 1.2]], 0, common.OPEN, "1.00 ± 0.28 (2 seeds)"),
-        ([[0.5, 1.0, 1.5]], 0, common.HOLDS, "1.00 ± 0.50 (3 seeds)"),
-        ([[0.4, 1.0, 1.6]], 0, common.OPEN, "1.00 ± 0.60 (3 seeds)"),
-        ([[0.5, 1.0, 1.5]], 2, common.FAILS, "1.00 ± 0.50 (3 seeds)"),
-        ([[]], 0, "not on record", ""),
+        ([9.0], 0, ONE_SEED, "9.00, 1 seed"),
+        ([], 0, ABSENT, ""),
+        ([math.nan], 0, ABSENT, ""),
+        # t of 97.5 %: 12.706 for two seeds, 4.303 for three.
+        ([0.9, 1.1], 0, OPEN, "1.00 [-0.27, 2.27], 2 seeds"),
+        ([1.9, 2.1], 0, HOLDS, "2.00 [0.73, 3.27], 2 seeds"),
+        ([-1.9, -2.1], 0, FAILS, "-2.00 [-3.27, -0.73], 2 seeds"),
+        ([1.0, 2.0, 3.0], 0, OPEN, "2.00 [-0.48, 4.48], 3 seeds"),
+        ([1.5, 2.0, 2.5], 0, HOLDS, "2.00 [0.76, 3.24], 3 seeds"),
+        ([1.5, 2.0, 2.5, math.nan], 4, FAILS, "2.00 [0.76, 3.24], 3 seeds"),
+        # t of 95 % for three seeds is 2.920: 0.1 + 2.920 * 0.3 / sqrt(3) = 0.61 < 1
+        ([-0.2, 0.1, 0.4], 0, SAME, "0.10 [-0.65, 0.85], 3 seeds"),
+        ([0.2, 0.6, 1.0], 0, OPEN, "0.60 [-0.39, 1.59], 3 seeds"),
+        ([0.5, 0.6, 0.7], 0, HOLDS, "0.60 [0.35, 0.85], 3 seeds"),  # a difference comes first
     ],
 )
-def test_a_claim_is_judged_against_noise(effects, least, verdict, text):
-    assert common.judge(*(pd.Series(e, dtype=float) for e in effects), least=least) == (
-        verdict, text
-    )  # fmt: skip
+def test_effects_paired_by_seed(effect, least, verdict, text):
+    found = verdicts.paired(by_seed(*effect), least)
+    assert found.verdict == verdict and str(found) == text
 
 
-def test_times_of_one_run_come_before_those_of_the_records(tmp_path):
-    runs = pd.DataFrame({"method": ["one-by-one", "MAS-2"], "task_set": "dk", "seed": 0,
-                         "minutes": [6.0, 2.0]})  # fmt: skip
+def test_p_values_are_those_of_scipy():
+    values = by_seed(0.3, 1.4, -0.2, 0.9)
+    found = verdicts.paired(values, 0.1)
+    assert found.p == pytest.approx(stats.ttest_1samp(values, 0.1).pvalue)
+    ends = [stats.ttest_1samp(values, 0.1 - 1, alternative="greater").pvalue,
+            stats.ttest_1samp(values, 0.1 + 1, alternative="less").pvalue]  # fmt: skip
+    assert found.p_equivalent == pytest.approx(max(ends))
+    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx(tuple(interval))
+    assert math.isnan(verdicts.paired(values, 0.1, margin=None).p_equivalent)
 
-    def faster(preset="small", overrides=None, worse="one-by-one"):
-        given = preset, tmp_path, overrides or {}
-        return common.times_faster(runs, "MAS-2", worse, "dk", *given)
 
-    assert faster().tolist() == [3.0]  # nothing was timed: the records
-    timed = [{"subject": f"dk: {m} (d k)", "median": x} for m, x in (("MAS-2", 0.5), ("HOA-2", 4))]
-    (tmp_path / "benchmarks").mkdir()
-    record = tmp_path / "benchmarks" / "machine.json"
-    record.write_text(json.dumps({"subjects": {"method_cost": timed}}))
-    assert faster().tolist() == [2.0] and faster(worse="HOA-2").tolist() == [8.0]
-    assert common.judge(faster(), least=1.75) == (common.HOLDS, "2.00 (timed in one run)")
-    assert faster(preset="smoke").tolist() == faster(overrides={"fl.lr": 1}).tolist() == [3.0]
-    assert faster(worse="all-in-one").empty or faster(worse="all-in-one").isna().all()
+def test_equal_values_have_no_spread_and_are_judged_by_sign():
+    five, six = verdicts.paired(by_seed(*[1.0] * 5), 0.9), verdicts.paired(by_seed(*[1.0] * 6), 0.9)
+    assert (five.verdict, five.p, five.basis) == (OPEN, 0.0625, "5 equal seeds")
+    assert (six.verdict, six.p) == (HOLDS, 0.03125) and math.isnan(six.low)
+    assert verdicts.paired(by_seed(1.0, 1.0), 1.0).p == 1
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_noise_alone_is_judged_at_most_as_often_as_the_level_says(n):
+    """2000 effects of nothing: 5 % at most are called an effect (limit: three standard errors)."""
+    rng = np.random.default_rng(n)
+    found = [verdicts.paired(x) for x in rng.normal(0, NOISE, (2000, n))]
+    assert 0.03 < share(found, HOLDS, FAILS) < most(2000)
+    of_margin = [verdicts.paired(x) for x in rng.normal(1, NOISE, (2000, n))]
+    assert share(of_margin, SAME) < most(2000)
+
+
+def test_in_a_table_of_noise_a_false_verdict_is_rare():
+    """300 tables of 40 effects of nothing, correlated as rows that share a method are."""
+    rng = np.random.default_rng(0)
+    alone = after = 0
+    for _ in range(300):
+        shared, own = rng.normal(0, NOISE, 3), rng.normal(0, NOISE, (40, 3))
+        found = [verdicts.paired((shared + x) / math.sqrt(2)) for x in own]
+        alone += any(f.verdict in (HOLDS, FAILS) for f in found)
+        after += any(f.verdict in (HOLDS, FAILS) for f in verdicts.corrected(found))
+    assert alone > 150  # without the correction most tables hold a false verdict
+    assert after / 300 < most(300)
+
+
+def test_holm_by_hand():
+    assert verdicts.holm([0.01, 0.04, 0.03, math.nan, 0.005]) == pytest.approx(
+        [0.03, 0.06, 0.06, math.nan, 0.02], nan_ok=True
+    )
+    assert verdicts.holm([0.4, 0.5]).tolist() == [0.8, 0.8]
+    assert verdicts.holm([]).tolist() == []
+
+
+def test_corrected_verdicts():
+    clear, weak = Finding(HOLDS, 2, 1, 3, 3, 0.001, 0.9), Finding(FAILS, -1, -2, -0.1, 3, 0.03, 0.5)
+    close = Finding(SAME, 0.1, -0.5, 0.7, 3, 0.6, 0.01)
+    one = Finding(ONE_SEED, 5, seeds=1)
+    after = verdicts.corrected([clear, weak, close, one])
+    assert [f.verdict for f in after] == [HOLDS, OPEN, SAME, ONE_SEED]
+    assert [f.p for f in after] == pytest.approx([0.003, 0.06, 0.6, math.nan], nan_ok=True)
+    assert after[2].p_equivalent == pytest.approx(0.03)
+    weakly_same = Finding(HOLDS, 0.4, 0.1, 0.7, 9, 0.04, 1e-4)
+    assert [f.verdict for f in verdicts.corrected([weakly_same, weak])] == [SAME, OPEN]
+
+
+def test_the_table_keeps_both_verdicts():
+    found = Finding(HOLDS, 2, 1, 3, 3, 0.04), Finding(OPEN, 0, -1, 1, 3, 0.9)
+    shown = verdicts.table(zip("ab", ("1.5", ""), found))
+    assert shown.alone.tolist() == [HOLDS, OPEN] and shown.verdict.tolist() == [OPEN, OPEN]
+    assert shown.p_holm.tolist() == [0.08, 0.9] and shown.paper.tolist() == ["1.5", ""]
+    assert verdicts.table([]).empty
+
+
+def test_a_claim_of_several_effects_needs_them_all():
+    strong, weak = by_seed(2.9, 3.0, 3.1), by_seed(-0.5, 0.5, 1.5)
+    same, lost = by_seed(-0.2, 0.1, 0.2), by_seed(-2.9, -3.0, -3.1)
+
+    def judged(*effects):
+        return verdicts.all_of(verdicts.paired(e) for e in effects)
+
+    assert judged(strong, strong).verdict == HOLDS
+    assert judged(strong, weak).verdict == OPEN and judged(strong, weak).effect == 0.5
+    assert judged(strong, weak).p == verdicts.paired(weak).p
+    assert judged(strong, same).verdict == SAME
+    failed = judged(strong, weak, lost)
+    assert failed.verdict == FAILS and failed.effect == pytest.approx(-3)
+    assert failed.p == pytest.approx(3 * verdicts.paired(lost).p)
+    assert judged(strong, by_seed(4)).verdict == ONE_SEED
+    assert judged(strong, by_seed()).verdict == judged().verdict == ABSENT
+
+
+def test_noise_in_both_parts_seldom_makes_a_claim():
+    """Neither part exists: the least of two is below zero on average, which is no failure."""
+    rng = np.random.default_rng(1)
+    found = [verdicts.all_of(verdicts.paired(x, margin=None) for x in pair)
+             for pair in rng.normal(0, NOISE, (1000, 2, 4))]  # fmt: skip
+    assert np.mean([f.effect for f in found]) < -0.2
+    assert share(found, HOLDS, FAILS) < 0.05
+
+
+def rounds(rng, T, mean=0.0, rho=0.3):
+    """T rounds of a measured matrix (2, 2) whose noise carries over from round to round."""
+    steps = rng.normal(size=(T, 2, 2))
+    for t in range(1, T):
+        steps[t] = rho * steps[t - 1] + math.sqrt(1 - rho**2) * steps[t]
+    return steps + mean
+
+
+def test_one_seed_of_rounds_is_judged_by_bootstrap():
+    clear = {0: rounds(np.random.default_rng(0), 10, mean=5.0)}
+    found = verdicts.over_rounds(clear, lambda S: S[0, 1])
+    assert found.verdict == HOLDS and found.effect == clear[0][:, 0, 1].mean()
+    assert found.basis == "bootstrap over 10 rounds, one seed" and found.low < 5 < found.high
+    assert found == verdicts.over_rounds(clear, lambda S: S[0, 1])  # its draws are fixed
+    short = verdicts.over_rounds({0: clear[0][:3]}, lambda S: S[0, 1])
+    assert short.verdict == ONE_SEED and math.isnan(short.p)
+    three = {seed: rounds(np.random.default_rng(seed), 10, mean=5.0) for seed in range(3)}
+    assert verdicts.over_rounds(three, lambda S: S[0, 1]).basis == "t over 3 seeds"
+    assert verdicts.over_rounds({}, lambda S: S[0, 1]).verdict == ABSENT
+
+
+def test_noise_of_rounds_is_judged_at_most_as_often_as_the_level_says():
+    rng = np.random.default_rng(2)
+    found = [verdicts.over_rounds({0: rounds(rng, 10)}, lambda S: S[0, 1] - S[1, 0], draws=200)
+             for _ in range(800)]  # fmt: skip
+    assert share(found, HOLDS, FAILS) < most(800)
+
+
+def test_yes_and_no_by_seed():
+    assert verdicts.counted({0: True}).verdict == ONE_SEED
+    assert verdicts.counted({}).verdict == ABSENT
+    five = verdicts.counted(dict.fromkeys(range(5), True))
+    six = verdicts.counted(dict.fromkeys(range(6), True))
+    assert (five.verdict, five.p) == (OPEN, 0.0625) and (six.verdict, six.p) == (HOLDS, 0.03125)
+    assert six.low == pytest.approx(0.025 ** (1 / 6)) and six.high == 1
+    assert verdicts.counted(dict.fromkeys(range(6), False)).verdict == FAILS
+    rare = verdicts.counted({0: True, 1: True}, chance=0.15)
+    assert rare.verdict == HOLDS and rare.p == pytest.approx(0.0225)
+    assert rare.basis == "2 of 2 seeds"
+
+
+def test_times_of_one_run():
+    assert verdicts.timed([2.0, 2.1, 1.9], 1.75).verdict == HOLDS
+    assert verdicts.timed([2.0, 2.1, 1.9], 2.5).verdict == FAILS
+    assert verdicts.timed([2.0, 2.1, 1.9], 1.95).verdict == OPEN
+    assert verdicts.timed([3.0], 1).verdict == OPEN and verdicts.timed([], 1).verdict == ABSENT
+    a, b = [4.0, 4.2, 3.9], [0.5, 0.52, 0.53]
+    ratio = verdicts.timed(a, 7, b)
+    logs = np.log(a), np.log(b)
+    se = math.sqrt(sum(x.var(ddof=1) / 3 for x in logs))
+    mean = logs[0].mean() - logs[1].mean()
+    assert ratio.effect == pytest.approx(math.exp(mean)) and ratio.seeds == 0
+    assert ratio.low == pytest.approx(math.exp(mean - 4.302653 * se), rel=1e-6)
+    assert ratio.p == pytest.approx(2 * stats.t.sf((mean - math.log(7)) / se, 2))
+
+
+PLACES = np.arange(10, 100, 10)
+
+
+def curves(rng, best, seeds, noise=0.01, depth=4e-5):
+    """Losses by seed (rows) and place (columns): a parabola, each seed's level, noise."""
+    level = rng.normal(0, 0.02, (seeds, 1))
+    values = 1.9 + level + depth * (PLACES - best) ** 2 + rng.normal(0, noise, (seeds, 9))
+    return pd.DataFrame(values, columns=PLACES)
+
+
+def test_where_curves_are_least():
+    rng = np.random.default_rng(3)
+    inside = verdicts.vertex(curves(rng, 35, 5, 0.001), (30, 40), (0, 100))
+    assert inside.verdict == HOLDS and 33 < inside.low < 35.5 < inside.high + 1 < 38
+    outside = verdicts.vertex(curves(rng, 55, 5, 0.001), (30, 40), (0, 100))
+    assert outside.verdict == FAILS and inside.effect < 40 < outside.low < outside.effect
+    assert verdicts.vertex(curves(rng, 35, 3, 0.05), (30, 40), (0, 100)).verdict == OPEN
+    assert verdicts.vertex(curves(rng, 35, 1), (30, 40), (0, 100)).verdict == ONE_SEED
+    hill = verdicts.vertex(-curves(rng, 35, 5), (30, 40), (0, 100))
+    assert hill.verdict == OPEN and math.isnan(hill.effect)
+    assert verdicts.vertex(pd.DataFrame(), (30, 40), (0, 100)).verdict == ABSENT
+
+
+def test_fiellers_interval_covers_and_its_verdicts_are_seldom_false():
+    rng = np.random.default_rng(4)
+    covered = held = 0
+    for _ in range(300):
+        found = verdicts.vertex(curves(rng, 45, 4), (30, 40), (0, 100))
+        covered += found.low <= 45 <= found.high
+        held += found.verdict == HOLDS  # false: 45 lies outside the band
+    assert covered / 300 > 1 - most(300) and held / 300 < 0.05
+    flat = [verdicts.vertex(curves(rng, 45, 4, depth=0), (30, 40), (0, 100)) for _ in range(300)]
+    assert share(flat, HOLDS, FAILS) < 0.05
+
+
+def test_rand_index_and_its_distribution():
+    assert verdicts.rand_index(["sdn", "kt"], ["sdn", "kt"], "sdnkt") == 1
+    # together or apart alike: sd, sn, dn change with n moved; kt stays, nk and nt change
+    assert verdicts.rand_index(["sd", "nkt"], ["sdn", "kt"], "sdnkt") == 0.6
+    every = verdicts.rand_indices(["sdn", "kt"], "sdnkt", 2)
+    assert len(every) == 15 and np.sum(every == 1) == 1
+    assert len(verdicts.rand_indices(["dr", "snkteca"], "sdnkterca", 2)) == 255
+
+
+def test_likeness_is_compared_with_all_partitions():
+    exact = verdicts.chance({0: ["sdn", "kt"], 1: ["sdn", "kt"]}, ["sdn", "kt"], "sdnkt")
+    assert exact.verdict == OPEN and exact.p == pytest.approx(1 / 15)  # too few partitions
+    assert exact.basis == "p = 1/15, all partitions into 2" and exact.seeds == 2
+    nine = verdicts.chance({0: ["dr", "snkteca"]}, ["dr", "snkteca"], "sdnkterca")
+    assert nine.verdict == HOLDS and nine.p == pytest.approx(1 / 255)
+    assert verdicts.chance({}, ["sdn", "kt"], "sdnkt").verdict == ABSENT
+    every = [["".join("sdnkterca"[i] for i in g) for g in p] for p in partitions(9, 3)][::60]
+    found = [verdicts.chance({0: g}, ["dr", "kte", "snca"], "sdnkterca") for g in every]
+    assert share(found, HOLDS, FAILS) < most(len(every))  # random splits
+
+
+def test_intervals_over_buildings():
+    rng = np.random.default_rng(5)
+    building = rng.uniform(0.5, 1.5, (1, 32))
+    worse = building + rng.normal(0, 0.01, (4, 32))
+    better = 0.95 * worse
+    found = verdicts.clustered(worse, better)
+    assert found.effect == pytest.approx(5) and found.verdict == HOLDS
+    assert found.basis == "bootstrap over 32 buildings, 4 seeds" and found.high - found.low < 1e-6
+    better[:, 0] = np.nan  # no test views
+    assert verdicts.clustered(worse, better).basis.startswith("bootstrap over 31")
+    one = verdicts.clustered(worse[0], 0.95 * worse[0] + rng.normal(0, 0.02, 32))
+    assert one.verdict == ONE_SEED and one.low < one.effect < one.high
+    assert verdicts.clustered(np.empty((0, 32)), np.empty((0, 32))).verdict == ABSENT
+
+
+def test_noise_over_buildings_is_judged_at_most_as_often_as_the_level_says():
+    rng, found = np.random.default_rng(6), []
+    for _ in range(400):
+        a = rng.uniform(1, 2, (1, 16)) + np.zeros((3, 16))
+        of_seed, of_building = rng.normal(0, 0.02, (3, 1)), rng.normal(0, 0.05, (1, 16))
+        b = a + of_seed + of_building + rng.normal(0, 0.02, (3, 16))
+        found.append(verdicts.clustered(a, b, draws=300))
+    assert share(found, HOLDS, FAILS) < most(400)
