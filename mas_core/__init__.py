@@ -14,6 +14,9 @@ _HOME = {
     "MultiTaskNet": "models",
     "merge": "models",
     "open_store": "records.store",
+    "results": "paper.tables",
+    "rounds": "records.tables",
+    "affinities": "records.tables",
     "open_data": "data.clients",
     "settings": "config",
     "UserError": "config",
@@ -28,10 +31,10 @@ _MODULES = {
         "data.": "clients rooms taskonomy",
         "records.": "cost evaluate store",
         "run.": "engine",
-        "paper.": "experiments",
+        "paper.": "experiments verdicts",
     }.items()
     for name in names.split()
-}
+} | {"records": "records"}  # a folder that can be called: the table of all trajectories
 __all__ = sorted([*_HOME, *_MODULES])
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -32,11 +32,14 @@ def stream_seed(seed: int, *names: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+_hints = cache(get_type_hints)  # of a class; thousands of configurations are made to read a record
+
+
 class Config:
     """Base of the frozen configurations: every field is checked when one is made."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for f in fields(self):
             value, hint = getattr(self, f.name), hints[f.name]
             if get_origin(hint) is Literal and value not in get_args(hint):
@@ -209,7 +212,7 @@ def override(base: Settings, overrides: dict[str, Any]) -> Settings:
         if part not in parts or not name:
             raise UserError(f"unknown setting {key!r}; it starts with one of: "
                             + ", ".join(f"{p}." for p in parts))  # fmt: skip
-        hints = get_type_hints(type(getattr(base, part)))
+        hints = _hints(type(getattr(base, part)))
         if name not in hints:
             raise UserError(f"unknown setting {key!r}; {part} has: {', '.join(hints)}")
         changes.setdefault(part, {})[name] = _parse(key, value, hints[name])

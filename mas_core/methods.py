@@ -268,6 +268,11 @@ def affinity_before_split(study: Study, rounds: int | None = None) -> np.ndarray
     return S
 
 
+_COUNTED = (
+    "round", "seconds", "affinity_seconds", "joules", "samples", "bytes_down", "bytes_up",
+)  # fmt: skip
+
+
 def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
     """What a stretch of a trajectory cost when it was trained, by its record.
 
@@ -277,14 +282,15 @@ def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
     a method asks for; the time of those measurements is left out, and energy in proportion. In it
     goes one backward pass through the encoder a measured step, which training needs anyway.
     """
-    rows = store.rounds(part.trajectory)
-    rows = rows[(rows["round"] >= part.begin) & (rows["round"] < part.end)]
-    extra = rows["affinity_seconds"].where(rows["round"] >= part.affinity_rounds, 0.0)
+    table = store.rounds(part.trajectory)
+    paid = table["round"].between(part.begin, part.end, inclusive="left").to_numpy()
+    rows = {name: table[name].to_numpy()[paid] for name in _COUNTED}
+    extra = np.where(rows["round"] >= part.affinity_rounds, rows["affinity_seconds"], 0.0)
     seconds = rows["seconds"] - extra
-    joules = rows["joules"] * (seconds / rows["seconds"])
+    joules = rows["joules"].astype(float) * (seconds / rows["seconds"])
     result = store.result(part.trajectory) or store.result(like or part.trajectory) or {}
     estimate, source = estimated_kwh(seconds.sum(), result.get("device", ", 1 thread"))
-    measured = joules.notna().all()
+    measured = np.isfinite(joules).all()
     return Cost(
         seconds=float(seconds.sum()),
         energy_kwh=float(joules.sum() / JOULES_PER_KWH) if measured else None,

@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..config import FL, Data, Model, Trajectory, UserError
+from .tables import BESIDE, results_folder
 
 State = dict[str, Tensor]
 _REMEDY = "restore it, or delete its folder to train anew"
@@ -242,9 +243,12 @@ class Store:
                 raise
 
 
-def open_store(preset: str = "small", results: Path | str = "results") -> Store:
-    """The records of a preset; the folder need not exist yet."""
-    return Store(results, preset)
+def open_store(preset: str = "small", results: Path | str | None = None) -> Store:
+    """The records of a preset; the folder need not exist yet.
+
+    Without `results` it is results/ here, or else the one beside the package in a clone.
+    """
+    return Store(results_folder(results) if results or BESIDE.is_dir() else "results", preset)
 
 
 @cache
@@ -276,7 +280,13 @@ def provenance() -> dict[str, Any]:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    """A CSV file with a column "round"; a UserError where it is none."""
+    """A CSV file with a column "round", read once until it changes; a UserError if it is none."""
+    about = path.stat()
+    return _parsed(path, about.st_mtime_ns, about.st_size).copy()
+
+
+@lru_cache(maxsize=4096)
+def _parsed(path: Path, changed: int, size: int) -> pd.DataFrame:
     try:
         table = pd.read_csv(path)
         if not pd.api.types.is_integer_dtype(table.get("round")):
