@@ -287,7 +287,8 @@ def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
     rows = {name: table[name].to_numpy()[paid] for name in _COUNTED}
     extra = np.where(rows["round"] >= part.affinity_rounds, rows["affinity_seconds"], 0.0)
     seconds = rows["seconds"] - extra
-    joules = rows["joules"].astype(float) * (seconds / rows["seconds"])
+    with np.errstate(invalid="ignore"):  # a round planned, not trained, takes no time
+        joules = rows["joules"].astype(float) * (seconds / rows["seconds"])
     result = store.result(part.trajectory) or store.result(like or part.trajectory) or {}
     estimate, source = estimated_kwh(seconds.sum(), result.get("device", ", 1 thread"))
     measured = np.isfinite(joules).all()
