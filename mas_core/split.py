@@ -161,7 +161,7 @@ def tag_groups(S: ArrayLike, x: int, singleton: float = 1e-6) -> OverlappingSpli
     np.fill_diagonal(S, 0)
     tie = _tie(S)
     np.fill_diagonal(S, singleton)
-    return _overlapping(_incoming(S), x, tie)
+    return _overlapping(S, x, tie)
 
 
 def hoa_groups(single_losses: ArrayLike, pair_losses: ArrayLike, x: int) -> OverlappingSplit:
@@ -179,23 +179,43 @@ def hoa_groups(single_losses: ArrayLike, pair_losses: ArrayLike, x: int) -> Over
     np.fill_diagonal(pairs, single)
     losses = _square(pairs)
     _check_count(x, len(losses))
-    split = _overlapping(-_incoming(losses.T), x, _tie(losses))
+    split = _overlapping(-losses.T, x, _tie(losses))
     return OverlappingSplit(split.groups, split.serving, -split.score)
 
 
-def _overlapping(incoming: np.ndarray, x: int, tie: float) -> OverlappingSplit:
-    """At most x groups, each task served by one, of highest sum of incoming[group, task]."""
-    totals, around = zip(
-        *(_group_around(incoming, part, tie) for part in range(len(incoming))), strict=True
-    )
-    values = np.array(totals)
+def _overlapping(S: np.ndarray, x: int, tie: float) -> OverlappingSplit:
+    """At most x groups, each task served by one, of highest sum of mean affinities onto tasks."""
+    values = _most_around(S)
     table = _partition_table(values, x)
     fewest = 1 + int(np.argmax(table[1:, -1] >= table[1:, -1].max() - tie))
     parts = _best_partition(values, table, fewest, tie)
-    groups = sorted({around[part] for part in parts})
-    served = {task: groups.index(around[part]) for part in parts for task in _tasks(part)}
+    incoming = _incoming(S)
+    totals, around = zip(*(_group_around(incoming, part, tie) for part in parts), strict=True)
+    groups = sorted(set(around))
+    served = {t: groups.index(g) for part, g in zip(parts, around) for t in _tasks(part)}
     serving = tuple(served[task] for task in sorted(served))
-    return OverlappingSplit(tuple(groups), serving, float(values[parts].sum()))
+    return OverlappingSplit(tuple(groups), serving, float(np.sum(totals)))
+
+
+def _most_around(S: np.ndarray) -> np.ndarray:
+    """The most that any group around a set T of tasks gives to T, for every T; (2^n,).
+
+    A group of m tasks gives T the sum over its members i of w_i / (m - 1), w_i being the sum of
+    S[i, j] over j in T other than i. So the best group of m tasks is T with those m - |T| others
+    whose w is highest, and sorting w takes the place of going through all 3^n pairs.
+    """
+    members = _members(len(S))  # (2^n, n)
+    others = S.copy()
+    np.fill_diagonal(others, 0)
+    w = members @ others.T  # (2^n, n): what task i gives to the set
+    inside = (w * members).sum(1)
+    outside = -np.sort(np.where(members, np.inf, -w), axis=1)  # highest first, then -inf
+    sums = inside[:, None] + np.concatenate([np.zeros((len(w), 1)), outside.cumsum(1)], axis=1)
+    size = members.sum(1)[:, None] + np.arange(len(S) + 1)  # m, (2^n, n + 1)
+    most = (sums / np.maximum(size - 1, 1)).max(1, where=size > 1, initial=-np.inf)
+    alone = 1 << np.arange(len(S))
+    most[alone] = np.maximum(most[alone], S.diagonal())
+    return most
 
 
 def _group_around(incoming: np.ndarray, part: int, tie: float) -> tuple[float, Group]:
