@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from mas_core.config import settings as preset_settings
 from mas_core.records.store import Store
 from mas_core.tasks import DOMAINS
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     "--preset", "smoke", "--set", "data.source=taskonomy", "--set", "data.size=16",
     "--set", "data.buildings=4", "--set", "fl.batch_size=4", "--set", "fl.rounds=4",
@@ -239,7 +241,10 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     assert (shown.returncode, shown.stderr) == (0, "")
 
 
-def test_help_does_not_wait_for_pytorch():
-    code = "import sys, mas_core.__main__ as m; m._parser(); print('torch' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert shown.stdout == "False\n"
+@pytest.mark.parametrize("argv", [["--help"], ["status", "--preset", "small"]])
+def test_what_only_reads_does_not_wait_for_pytorch(argv):
+    code = "import contextlib, sys, mas_core.__main__ as m\n"
+    code += f"with contextlib.suppress(SystemExit): m.main({argv})\nprint('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert shown.stdout.endswith("\nFalse\n"), shown.stderr
+    assert shown.stdout.startswith("usage: mas" if argv == ["--help"] else "small: ")

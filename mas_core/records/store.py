@@ -26,20 +26,18 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
 import pandas as pd
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from ..config import FL, Data, Model, Trajectory, UserError
 from .tables import BESIDE, results_folder
 
-State = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+State = dict[str, "Tensor"]  # PyTorch is imported where checkpoints are: `mas status` needs none
 _REMEDY = "restore it, or delete its folder to train anew"
 
 
@@ -186,6 +184,8 @@ class Store:
         self, trajectory: Trajectory, name: str, state: State, round_: int, fingerprint: str
     ) -> None:
         """Write a state; its metadata say whose it is, after how many rounds, on which data."""
+        from safetensors.torch import save
+
         about = {"trajectory": trajectory.id, "round": str(round_), "data": fingerprint}
         tensors = {key: t.detach().cpu().contiguous() for key, t in state.items()}
         self._write(self.checkpoint_path(trajectory, name), save(tensors, metadata=about))
@@ -194,6 +194,8 @@ class Store:
         self, trajectory: Trajectory, path: Path, like: State, fingerprint: str
     ) -> tuple[State, int]:
         """A state and its number of rounds; a UserError if the file is broken or another's."""
+        from safetensors import SafetensorError, safe_open
+
         remedy = f"delete {path.parent} to train from the start"
         try:
             with safe_open(path, framework="pt") as file:
@@ -254,6 +256,8 @@ def open_store(preset: str = "small", results: Path | str | None = None) -> Stor
 @cache
 def provenance() -> dict[str, Any]:
     """Versions and git revision of what is running; null where they cannot be told."""
+    import torch
+
     here = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str | None:
