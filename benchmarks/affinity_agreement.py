@@ -17,10 +17,11 @@ from mas_core.affinity import (
     lookahead,
     representation_affinity,
 )
-from mas_core.config import Trajectory
 from mas_core.data.clients import FederatedData, open_data
-from mas_core.federated import build, client_batches, load_state, run_round, select_clients
+from mas_core.federated import client_batches, load_state, run_round, select_clients
 from mas_core.models import MultiTaskNet, forward_tasks
+from mas_core.records.training import build
+from mas_core.records.trajectory import Trajectory
 from mas_core.split import Split, best_split, grouping_score, partitions, self_affinity
 from mas_core.tasks import Batch
 
@@ -56,7 +57,7 @@ def _measure_rounds(
             found += [_three(net, batch, lr) for _, batch in zip(range(per_client), batches)]
         for i, kind in enumerate(KINDS):
             measured[kind].append(np.mean([three[i] for three in found], 0))
-        state, _, _ = run_round(net, state, trajectory, r, data)
+        state, _ = run_round(net, state, trajectory, r, data)
     return {kind: np.stack(values) for kind, values in measured.items()}
 
 

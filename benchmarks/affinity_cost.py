@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 
 from mas_core.affinity import (
-    backward_sum,
     encoder_gradients,
     first_order_affinity,
     lookahead,
     representation_affinity,
 )
-from mas_core.models import MultiTaskNet, forward_tasks
+from mas_core.models import MultiTaskNet, forward_tasks, gradient_at_features
 from mas_core.tasks import NUM_CLASSES, TASKS, Batch
 
 from .timing import Row, compare, in_turns, main
@@ -78,7 +77,7 @@ def _step(
             else:
                 first_order_affinity(losses, gradients, LR)
         else:
-            forward.features.backward(backward_sum(at_features, 1.0))
+            forward.features.backward(gradient_at_features(at_features, 1.0))
             if kind == "representation":
                 representation_affinity(losses, at_features, LR)
         optimizer.step()

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
-from mas_core.config import Settings, Trajectory
+from mas_core.config import Settings
 from mas_core.data.clients import open_data
-from mas_core.federated import build, client_batches, select_clients, train
+from mas_core.federated import client_batches, select_clients
 from mas_core.records.store import Store
+from mas_core.records.training import build, train
+from mas_core.records.trajectory import Trajectory
 from mas_core.tasks import task_losses
 
 from .scenes import prepared

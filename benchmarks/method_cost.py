@@ -3,7 +3,8 @@
 Records are made whenever a machine is free, and a shared machine's speed drifts: times of records
 made on different days compare badly. Here one round of every network that the methods train, the
 same clients and images for all, is timed in turns. A method costs the sum of its rounds, counted as
-`methods.part_cost` counts them: MAS and TAG pay for affinities in the rounds they read, only there.
+`records.study.part_cost` counts them: MAS and TAG pay for affinities in the
+rounds they read, only there.
 What a method trains, and the groups it chose, come from the records of the small preset, seed 0.
 """
 
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import torch
 
-from mas_core.config import Settings, Trajectory
+from mas_core.config import Settings
 from mas_core.data.clients import open_data
-from mas_core.federated import build, run_round, start_state
-from mas_core.methods import MethodResult
+from mas_core.federated import run_round
 from mas_core.paper.experiments import ask, figure_5, figure_6
 from mas_core.records.store import open_store
+from mas_core.records.study import MethodResult
+from mas_core.records.training import build, start_state
+from mas_core.records.trajectory import Trajectory
 
 from .scenes import prepared
 from .timing import Row, in_turns, main

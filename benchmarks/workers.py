@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from mas_core.config import Trajectory
 from mas_core.methods import Need
 from mas_core.records.store import Store
+from mas_core.records.trajectory import Trajectory
 from mas_core.run.engine import local_workers, run, train_job
 
 from .scenes import prepared

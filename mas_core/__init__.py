@@ -20,7 +20,7 @@ _HOME = {
     "open_data": "data.clients",
     "settings": "config",
     "UserError": "config",
-    "Study": "methods",
+    "Study": "records.study",
     "TASKS": "tasks",
     "TASK_SETS": "tasks",
 }
@@ -29,7 +29,7 @@ _MODULES = {
     for folder, names in {
         "": "affinity config federated local methods models split tasks",
         "data.": "clients rooms taskonomy",
-        "records.": "cost evaluate store",
+        "records.": "cost evaluate store study training trajectory",
         "run.": "engine",
         "paper.": "experiments verdicts",
     }.items()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +150,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from .config import UserError, settings
-    from .methods import METHODS, TAKES_SPLITS, Study
+    from .methods import METHODS, TAKES_SPLITS
     from .paper.demo import method_table
     from .records.store import open_store
+    from .records.study import Study
 
     if arguments.method not in METHODS:
         raise UserError(f"unknown method {arguments.method!r}; allowed: {', '.join(METHODS)}")
@@ -163,102 +161,12 @@ def _run(arguments: argparse.Namespace) -> None:
     store = open_store(arguments.preset, arguments.results)
     study = Study(arguments.tasks, chosen, arguments.seed, store)
     extra = {"splits": arguments.splits} if arguments.method in TAKES_SPLITS else {}
+    from .run.workers import train_recipes
+
     next(METHODS[arguments.method](study, **extra))  # tells at once what cannot be
     recipes = {arguments.method: METHODS[arguments.method](study, **extra)}
     results = train_recipes(recipes, study, arguments.data, arguments.workers, arguments.device)
     print(method_table(results.values()))
-
-
-def train_recipes(
-    recipes: dict[Any, Any],
-    study: Any,
-    data: Path | None,
-    workers: int,
-    device: str | None,
-    dask: str | None = None,
-    slurm: str | None = None,
-) -> dict[Any, Any]:
-    """Drive recipes with a progress bar; on local processes, Dask or Slurm where asked for."""
-    import multiprocessing
-
-    from .data.clients import ensure_rooms
-    from .run import engine
-
-    elsewhere = bool(dask or slurm)  # where a GPU here says nothing
-    device = (device or "cuda") if elsewhere else engine.choose_device(device)
-    folder = ensure_rooms(study.settings.data, data)
-    with contextlib.ExitStack() as stack:
-        executor, threads, slots, resubmit = None, None, workers, ()
-        if elsewhere:
-            from .run.cluster import dask_workers, slurm_workers
-
-            at = (device, study.store.results, folder)
-            opened = dask_workers(dask, *at) if dask else slurm_workers(slurm, workers, *at)
-            executor, slots, resubmit = stack.enter_context(opened)
-        elif workers > 1:
-            executor = stack.enter_context(engine.local_workers(workers))
-            threads = engine.threads_per_worker(workers)
-        shown = stack.enter_context(progress_bar(study.store))
-        try:
-            return engine.run(recipes, study.store, folder, device, executor, threads, slots,
-                              shown, resubmit)  # fmt: skip
-        except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
-
-
-@contextlib.contextmanager
-def progress_bar(store: Any) -> Iterator[Any]:
-    """A bar over rounds, with what is running and left; a thread reads the records on disk."""
-    from tqdm import tqdm
-
-    from .run.engine import Progress
-
-    progress, stop, seen, known = Progress(), threading.Event(), {}, {}
-    with tqdm(unit="round", desc="train", dynamic_ncols=True) as bar:
-
-        def show() -> None:
-            for need in [*progress.waiting, *progress.running]:
-                id_ = need.trajectory.id
-                if id_ not in seen or need.until > seen[id_].until:
-                    seen[id_] = need
-            # What was on record before is no part of the speed.
-            bar.initial = sum(
-                min(rounds_done(n), progress.begun.get(id_, n.until) - n.trajectory.start_round)
-                for id_, n in seen.items()
-            )
-            bar.total = sum(n.until - n.trajectory.start_round for n in seen.values())
-            bar.n = sum(rounds_done(n) for n in seen.values())
-            now = [
-                f"{n.trajectory.tasks} {store.rounds_done(n.trajectory)}/{n.until}"
-                for n in progress.running
-            ]
-            left = len(progress.waiting) - sum(n in progress.waiting for n in progress.running)
-            text = f"trajectories: {progress.done} done, {len(now)} running, {left} left"
-            text += f", {progress.failed} failed" * bool(progress.failed)
-            text += ", no worker yet" * (progress.workers == 0)
-            bar.set_postfix_str(text + (f" ({', '.join(now)})" if now else ""))
-
-        def rounds_done(need: Any) -> int:
-            """Reads a record until it holds all that is needed."""
-            id_, first = need.trajectory.id, need.trajectory.start_round
-            if known.get(id_, 0) < need.until:
-                known[id_] = store.rounds_done(need.trajectory)
-            return max(0, min(known[id_], need.until) - first)
-
-        def watch() -> None:
-            while not stop.wait(1.0):
-                show()
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield progress
-        finally:
-            stop.set()
-            thread.join()
-            show()
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .models import MultiTaskNet, TaskPass, forward_tasks
+from .config import outside
+from .models import MultiTaskNet, TaskPass, forward_tasks, gradient_at_features
 from .tasks import Batch, task_losses
 
 Gradient = list[Tensor]  # one tensor per parameter of the encoder
@@ -62,6 +63,42 @@ def representation_affinity(losses: Tensor, at_features: list[Tensor], lr: float
     return lr * (flat @ flat.T) / losses
 
 
+def cosine_affinity(losses: Tensor, gradients: list[Gradient], lr: float) -> Tensor:
+    """Cosine of the angle between the tasks' gradients on the encoder; symmetric, in [-1, 1]."""
+    flat = torch.stack([torch.cat([t.flatten() for t in g]) for g in gradients])
+    unit = flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return unit @ unit.T
+
+
+def measured_step(
+    model: MultiTaskNet,
+    batch: Batch,
+    step: TaskPass,
+    at_features: list[Tensor],
+    lr: float,
+    scale: float = 1.0,
+    kind: str = "lookahead",
+) -> Tensor:
+    """Affinities (n, n) measured beside a training step, whose encoder gradient it fills.
+
+    step, at_features  the step's forward pass, and what `backward_decoders` gave
+    kind               "lookahead" (Eq. 3), "first_order", "representation", "cosine", or a function
+                       outside the package, called as (losses, gradients, lr)
+
+    The diagonal is NaN. The training gradient is that of a step without measuring, to the bit.
+    """
+    losses = step.losses.detach()
+    if kind == "representation":
+        step.features.backward(gradient_at_features(at_features, scale))
+        S = representation_affinity(losses, at_features, lr)
+    else:
+        gradients = encoder_gradients(model, step, at_features, scale)
+        if kind == "lookahead":
+            return lookahead(model, batch, losses, gradients, lr)
+        S = (_CHEAPER.get(kind) or outside(kind))(losses, gradients, lr)
+    return S.detach().fill_diagonal_(torch.nan)
+
+
 def encoder_gradients(
     model: MultiTaskNet, step: TaskPass, at_features: list[Tensor], scale: float = 1.0
 ) -> list[Gradient]:
@@ -73,7 +110,7 @@ def encoder_gradients(
     """
     parameters = list(model.encoder.parameters())
     last = int(torch.stack([g.float().norm() for g in at_features]).argmax())
-    total = backward_sum(at_features, scale)
+    total = gradient_at_features(at_features, scale)
     singles = [
         None
         if i == last
@@ -89,14 +126,6 @@ def encoder_gradients(
             torch._foreach_sub_(rest, single)
     singles[last] = rest
     return singles
-
-
-def backward_sum(at_features: list[Tensor], scale: float) -> Tensor:
-    """What the encoder's backward pass starts from: the tasks' gradients, summed and scaled."""
-    total = at_features[0]
-    for g in at_features[1:]:
-        total = total + g
-    return total if scale == 1.0 else total * scale
 
 
 @torch.no_grad()
@@ -141,3 +170,6 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for m in tracking:
             m.track_running_stats = True
+
+
+_CHEAPER = {"first_order": first_order_affinity, "cosine": cosine_affinity}

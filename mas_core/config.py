@@ -1,20 +1,18 @@
-"""Frozen configurations, the presets smoke | small | paper, and named random streams.
-
-A `Trajectory` holds everything that determines a training run; its `id` is a hash of that. The
-round at which a run is asked to stop is not part of it.
-"""
+"""Settings, checked when they are made, the presets, and named random streams."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import hashlib
 import json
-import math
-from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+import re
+from dataclasses import field, fields, replace
+from importlib import import_module
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import numpy as np
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 
 class UserError(ValueError):
@@ -32,113 +30,165 @@ def stream_seed(seed: int, *names: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-_hints = cache(get_type_hints)  # of a class; thousands of configurations are made to read a record
+def _settings(cls: type) -> type:
+    """A frozen dataclass that pydantic checks strictly; what it refuses is a UserError."""
+    made = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))(cls)
+    validated, names = made.__init__, [f.name for f in fields(made)]
+
+    @functools.wraps(validated)
+    def __init__(self, *args: Any, **values: Any) -> None:
+        try:
+            validated(self, **dict(zip(names, args)), **values)
+        except ValidationError as error:
+            raise UserError(_in_a_line(error)) from None
+
+    made.__init__ = __init__
+    return made
 
 
-class Config:
-    """Base of the frozen configurations: every field is checked when one is made."""
-
-    def __post_init__(self) -> None:
-        hints = _hints(type(self))
-        for f in fields(self):
-            value, hint = getattr(self, f.name), hints[f.name]
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise UserError(
-                    f"{f.name}={value!r}; allowed: {', '.join(map(str, get_args(hint)))}"
-                )
-            if hint is float and type(value) is int:
-                object.__setattr__(self, f.name, float(value))  # 1 and 1.0 have one id
-            elif hint in (int, float) and type(value) is not hint:
-                kind = "a whole number" if hint is int else "a number"
-                raise UserError(f"{f.name}={value!r} is not {kind}")
-            low, high = f.metadata.get("range", (None, None))
-            for number in value if isinstance(value, tuple) else (value,):
-                if not isinstance(number, int | float) or isinstance(number, bool):
-                    continue
-                if not math.isfinite(number) or (low is not None and not low <= number <= high):
-                    raise UserError(f"{f.name}={value!r}; allowed: {low} to {high}")
+def _in_a_line(error: ValidationError) -> str:
+    """What pydantic found, one setting after the other: name, value, what is allowed."""
+    found = []
+    for e in error.errors(include_url=False):
+        name = ".".join(str(part) for part in e["loc"] if isinstance(part, str | int))
+        text = e["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        found.append(f"{name}={e['input']!r}: {text}" if name else text)
+    return "; ".join(found)
 
 
-def bounded(low: float, high: float, default: Any = dataclasses.MISSING) -> Any:
-    """A field whose value (or each value, for a tuple) lies in [low, high]."""
-    return field(default=default, metadata={"range": (low, high)})
+Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
+Round = Annotated[int, Field(ge=0, le=100_000)]
+Strength = Annotated[FiniteFloat, Field(ge=0, le=1e6)]
+RULES = {  # fl.method -> what a client or the server does differently
+    "fedavg": "mas_core.rules.fedavg:FedAvg",
+    "fedprox": "mas_core.rules.fedprox:FedProx",
+    "gradnorm": "mas_core.rules.gradnorm:GradNorm",
+}
+MEASURES = ("lookahead", "first_order", "representation", "cosine")  # see affinity.py
 
 
-@dataclass(frozen=True)
-class Data(Config):
-    """Which images, and how a building's views are split."""
+def _one_of(*names: str) -> Any:
+    """One of these names, or what stands outside the package, as "my_module:my_name"."""
 
-    source: Literal["rooms", "taskonomy"] = "rooms"  # procedural rooms, or a Taskonomy folder
-    size: int = bounded(16, 1024, 64)  # pixels, height and width of the prepared arrays
-    buildings: int = bounded(1, 1000, 32)  # number of clients N
-    views: int = bounded(1, 100_000, 96)  # rooms only: mean views a building (spread 1:4)
-    render_seed: int = bounded(0, 2**31, 0)  # rooms only: which buildings
-    heterogeneity: float = bounded(0.0, 1.0, 0.7)  # rooms only: 0 one style, 1 each its own
+    def check(name: str) -> str:
+        if name not in names and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+            raise ValueError(f"allowed: {', '.join(names)}, or my_module:my_name")
+        return name
+
+    return Annotated[str, AfterValidator(check)]
+
+
+def outside(name: str) -> Any:
+    """What "my_module:my_name" names, imported; a UserError where it cannot be."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{name!r} cannot be imported: {error}") from None
+
+
+@_settings
+class Data:
+    """Which images, which labels, and how a building's views are split."""
+
+    # Procedural rooms, a Taskonomy folder, or a function (data, folder, letters) -> Clients.
+    source: _one_of("rooms", "taskonomy") = "rooms"
+    size: Annotated[int, Field(ge=16, le=1024)] = 64  # pixels, height and width
+    buildings: Annotated[int, Field(ge=1, le=1000)] = 32  # number of clients N
+    views: Count = 96  # rooms only: mean views a building (spread 1:4)
+    render_seed: Annotated[int, Field(ge=0, le=2**31)] = 0  # rooms only: which buildings
+    heterogeneity: Share = 0.7  # rooms only: 0 one style, 1 each its own
     split: Literal["points", "released"] = "points"  # disjoint by point, or the released slices
-    split_seed: int = bounded(0, 2**31, 0)
+    split_seed: Annotated[int, Field(ge=0, le=2**31)] = 0
+    tasks: _one_of() = "mas_core.tasks:TASKS"  # the table that the task letters refer to
 
 
-@dataclass(frozen=True)
-class Model(Config):
+@_settings
+class Model:
     """The network: see models.py for the channels of each size."""
 
-    size: Literal["full", "half", "small", "tiny"] = "full"
-    output_stride: int = bounded(2, 16, 16)  # input pixels per pixel of the shared features
+    # A size of the paper's network, or a function (letters, model, table) -> network.
+    size: _one_of("full", "half", "small", "tiny") = "full"
+    output_stride: int = 16  # input pixels per pixel of the shared features
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.output_stride not in (2, 4, 8, 16):
             raise UserError(f"output_stride={self.output_stride}; allowed: 2, 4, 8, 16")
 
 
-@dataclass(frozen=True)
-class FL(Config):
+@_settings
+class FL:
     """Federated training, with the paper's symbols and its defaults."""
 
-    rounds: int = bounded(1, 100_000, 100)  # R, the length of the learning-rate schedule
-    clients_per_round: int = bounded(1, 1000, 4)  # K
-    local_epochs: int = bounded(1, 1000, 1)  # E
-    batch_size: int = bounded(1, 4096, 64)  # B
-    lr: float = bounded(0.0, 100.0, 0.1)  # eta
-    lr_power: float = bounded(0.0, 10.0, 0.9)  # eta (1 - r/R)^lr_power
-    momentum: float = bounded(0.0, 0.9999, 0.9)
-    weight_decay: float = bounded(0.0, 1.0, 1e-4)
-    method: Literal["fedavg", "fedprox", "gradnorm"] = "fedavg"
-    prox_mu: float = bounded(0.0, 1e6, 0.0)  # FedProx: mu/2 |w - w_server|^2
-    gradnorm_alpha: float = bounded(0.0, 100.0, 0.0)  # GradNorm: strength of the balancing
-    gradnorm_lr: float = bounded(0.0, 100.0, 0.0)  # GradNorm: step of the loss weights
+    rounds: Count = 100  # R, the length of the learning-rate schedule
+    clients_per_round: Annotated[int, Field(ge=1, le=1000)] = 4  # K
+    local_epochs: Annotated[int, Field(ge=1, le=1000)] = 1  # E
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 64  # B
+    lr: Annotated[FiniteFloat, Field(ge=0, le=100)] = 0.1  # eta
+    lr_power: Annotated[FiniteFloat, Field(ge=0, le=10)] = 0.9  # eta (1 - r/R)^lr_power
+    momentum: Annotated[FiniteFloat, Field(ge=0, le=0.9999)] = 0.9
+    weight_decay: Share = 1e-4
+    method: _one_of(*RULES) = "fedavg"
+    prox_mu: Strength = 0.0  # FedProx: mu/2 |w - w_server|^2
+    gradnorm_alpha: Annotated[FiniteFloat, Field(ge=0, le=100)] = 0.0  # strength of the balancing
+    gradnorm_lr: Annotated[FiniteFloat, Field(ge=0, le=100)] = 0.0  # step of the loss weights
     encoder_grad_scale: Literal["none", "sqrt"] = "none"  # sqrt: encoder gradient / sqrt(n), n > 1
-    clients: tuple[int, ...] | None = bounded(0, 1000, None)  # only these (standalone); None: all
-    measure_rounds: int = bounded(0, 100_000, 0)  # affinities measured in rounds < this
-    affinity_every: int = bounded(1, 100_000, 5)  # rho, batches between two measurements
-    evaluate_every: int = bounded(1, 100_000, 5)  # rounds between two validations
+    # Only these clients (standalone); None: all.
+    clients: tuple[Annotated[int, Field(ge=0, le=1000)], ...] | None = None
+    measure_rounds: Round = 0  # affinities measured in rounds < this
+    affinity_every: Count = 5  # rho, batches between two measurements
+    evaluate_every: Count = 5  # rounds between two validations
+    lr_schedule: Literal["power", "cosine"] = "power"  # cosine: eta (1 + cos(pi r/R)) / 2
+    # What is measured as affinity: Eq. 3, a cheaper variant, or a function like these.
+    affinity: _one_of(*MEASURES) = "lookahead"
+    options: tuple[tuple[str, FiniteFloat], ...] = ()  # numbers of a method, by name
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.clients is not None and not self.clients:
             raise UserError("clients=(): name at least one client, or None for all")
         if self.clients and len(set(self.clients)) < len(self.clients):
             raise UserError(f"clients={self.clients}: a client is named twice")
 
+    def option(self, name: str, default: float) -> float:
+        """A number of the method, from `options`."""
+        return dict(self.options).get(name, default)
 
-@dataclass(frozen=True)
-class Mas(Config):
-    """What MAS and its relatives decide on top of a trajectory; not part of a trajectory's id."""
 
-    merge_rounds: int = bounded(1, 100_000, 30)  # R0
-    affinity_rounds: int = bounded(1, 100_000, 10)  # the split reads affinities of rounds < this
+@_settings
+class Mas:
+    """What MAS decides on top of a trajectory; not part of a trajectory's id."""
+
+    merge_rounds: Count = 30  # R0
+    affinity_rounds: Count = 10  # the split reads affinities of rounds < this
     affinity_at: Literal["mean", "last"] = "mean"  # their mean, or the last of these rounds alone
     lr_schedule: Literal["continue", "restart"] = "restart"  # after the split; released: restart
 
 
-@dataclass(frozen=True)
-class Settings(Config):
+@_settings
+class Tag:
+    """What TAG decides."""
+
+    affinity_rounds: Count | None = None  # its grouping reads rounds < this; None: all it trained
+
+
+@_settings
+class Choice:
+    """Which losses decide between groups: HOA's groups, and TAG's and HOA's better group a task."""
+
+    by: Literal["validation", "test"] = "validation"  # the paper: test
+
+
+@_settings
+class Settings:
     """Everything a method needs besides the tasks and the seed."""
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     fl: FL = field(default_factory=FL)
     mas: Mas = field(default_factory=Mas)
+    tag: Tag = field(default_factory=Tag)
+    choice: Choice = field(default_factory=Choice)
 
     def __post_init__(self) -> None:
         allowed = self.data.buildings if self.fl.clients is None else len(self.fl.clients)
@@ -175,12 +225,13 @@ _SMALL = Settings(
     Model("small", output_stride=4),
     FL(batch_size=8, measure_rounds=100),
 )
+_MEDIUM = replace(_SMALL, data=replace(_SMALL.data, views=480))
 _PAPER = Settings(
     Data("taskonomy", size=256, buildings=32),
     Model("full", output_stride=16),
     FL(measure_rounds=10, evaluate_every=1),
 )
-PRESETS = {"smoke": _SMOKE, "small": _SMALL, "paper": _PAPER}
+PRESETS = {"smoke": _SMOKE, "small": _SMALL, "medium": _MEDIUM, "paper": _PAPER}
 
 
 def settings(
@@ -204,7 +255,10 @@ def settings(
 
 
 def override(base: Settings, overrides: dict[str, Any]) -> Settings:
-    """`base` with some fields changed; values may be text, as a command line gives them."""
+    """`base` with some fields changed; values may be text, as a command line gives them.
+
+    Several numbers are written 0,3,5; options alpha:0.5,beta:2; none means none.
+    """
     changes: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
         part, _, name = key.partition(".")
@@ -212,83 +266,21 @@ def override(base: Settings, overrides: dict[str, Any]) -> Settings:
         if part not in parts or not name:
             raise UserError(f"unknown setting {key!r}; it starts with one of: "
                             + ", ".join(f"{p}." for p in parts))  # fmt: skip
-        hints = _hints(type(getattr(base, part)))
+        hints = get_type_hints(type(getattr(base, part)), include_extras=True)
         if name not in hints:
             raise UserError(f"unknown setting {key!r}; {part} has: {', '.join(hints)}")
-        changes.setdefault(part, {})[name] = _parse(key, value, hints[name])
+        changes.setdefault(part, {})[name] = _read(key, value, hints[name])
     return replace(base, **{p: replace(getattr(base, p), **c) for p, c in changes.items()})
 
 
-def _parse(key: str, value: Any, hint: Any) -> Any:
+def _read(key: str, value: Any, hint: Any) -> Any:
     """`value` as the type of its field; text is read the way a command line means it."""
-    if get_origin(hint) is Literal:
-        return value
-    if hint not in (int, float):  # clients: 0,3,5 or none
-        if value is None or value == "none":
-            return None
-        items = value.split(",") if isinstance(value, str) else value
-        return tuple(_parse(key, item, int) for item in items)
+    if value == "none" and type(None) in get_args(hint):
+        value = None
+    elif isinstance(value, str) and "tuple" in str(hint):
+        value = [item.split(":") if ":" in item else item for item in value.split(",") if item]
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{key}={value!r} is not a number") from None
-    if hint is int:
-        if number != int(number) if math.isfinite(number) else True:
-            raise UserError(f"{key}={value!r} is not a whole number")
-        return int(number)
-    return number
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """A set of tasks trained round after round from a start: all that determines the weights.
-
-    Rounds are counted from the very first start: a trajectory that starts from its parent at
-    round 30 has 30 as its first round. Its learning rate in round r is
-    lr (1 - (r - lr_from) / (fl.rounds - lr_from))^lr_power.
-    """
-
-    tasks: str  # letters, in the order of the tasks table
-    seed: int
-    data: Data
-    model: Model
-    fl: FL
-    parent: Trajectory | None = None  # whose weights it starts from; None: initial weights
-    start_round: int = 0  # the parent's round it starts at
-    lr_from: int = 0  # first round of the learning-rate schedule
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data that determines the trajectory; the parent stands as its id."""
-        return {
-            "tasks": self.tasks,
-            "seed": self.seed,
-            "data": dataclasses.asdict(self.data),
-            "model": dataclasses.asdict(self.model),
-            "fl": dataclasses.asdict(self.fl),
-            "parent": self.parent.id if self.parent else None,
-            "start_round": self.start_round,
-            "lr_from": self.lr_from,
-        }
-
-    @cached_property  # a driver asks for it thousands of times a round
-    def id(self) -> str:
-        """Tasks, seed and a hash of what differs from the defaults, like sdnkt-s0-4f1c09ab83.
-
-        A field that is added later, with a default that means what was done before, leaves the ids
-        of old records alone; the default of an existing field must never change.
-        """
-        values = self.to_json()
-        for part in (self.data, self.model, self.fl):
-            name = type(part).__name__.lower()
-            values[name] = {
-                f.name: values[name][f.name]
-                for f in fields(part)
-                if getattr(part, f.name) != f.default
-            }
-        text = json.dumps(values, sort_keys=True)
-        return f"{self.tasks}-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-    def lr(self, round_: int) -> float:
-        """eta (1 - r/R)^0.9, r counted from the start of the schedule (MAS, section 4.1)."""
-        done = (round_ - self.lr_from) / (self.fl.rounds - self.lr_from)
-        return self.fl.lr * (1.0 - done) ** self.fl.lr_power
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        reasons = (e["msg"].removeprefix("Value error, ") for e in error.errors())
+        raise UserError(f"{key}={value!r}: {', or '.join(dict.fromkeys(reasons))}") from None

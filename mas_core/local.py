@@ -1,29 +1,20 @@
-"""One client's local epochs: FedAvg, FedProx and GradNorm differ in a few lines of one loop."""
+"""One client's local epochs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import chain
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from .affinity import backward_sum, encoder_gradients, lookahead
+from .affinity import measured_step
 from .config import FL
-from .models import MultiTaskNet, forward_tasks
-from .records.cost import device_clock
-from .run.cuda_graph import graphed_step, sgd
+from .models import MultiTaskNet, State, TaskPass
+from .rules.fedavg import rule_of
 from .tasks import Batch
-
-
-@dataclass
-class Balance:
-    """GradNorm's state, which travels with the model: loss weights and first losses, both (n,)."""
-
-    weights: Tensor
-    initial_losses: Tensor | None = None
 
 
 @dataclass
@@ -32,15 +23,22 @@ class LocalResult:
 
     step_losses: Tensor  # (steps, n) training losses
     samples: int  # images trained on, E epochs together
-    affinity: Tensor | None = None  # (n, n) mean over the measured steps
-    measurements: int = 0
-    affinity_seconds: float = 0.0  # with the encoder's backward pass that training needs anyway
-    balance: Balance | None = field(default=None)
+    affinity: Tensor | None  # (n, n) mean over the measured steps
+    measurements: int
+    affinity_seconds: float  # with the encoder's backward pass that training needs anyway
+    travelling: State  # what the method sends beside the weights
 
     @property
     def losses(self) -> Tensor:
         """Mean training loss of every task, (n,)."""
         return self.step_losses.mean(0)
+
+
+def sgd(parameters: Iterable[Tensor], lr: float | Tensor, fl: FL) -> torch.optim.SGD:
+    """The optimiser of local training; an lr that is a tensor may change between steps."""
+    return torch.optim.SGD(
+        parameters, lr, momentum=fl.momentum, weight_decay=fl.weight_decay, fused=True
+    )
 
 
 def local_update(
@@ -49,83 +47,53 @@ def local_update(
     fl: FL,
     lr: float,
     measure: bool = False,
-    balance: Balance | None = None,
+    state: State | None = None,
+    capture: Callable | None = None,
+    clock: Callable[[], float] = perf_counter,
 ) -> LocalResult:
     """Train `net` in place on a client's batches (all local epochs, one after the other).
 
-    The optimiser starts anew: SGD with momentum and weight decay on sum_i w_i L_i (MAS, Eq. 2 has
-    w = 1), plus mu/2 |theta - theta_server|^2 for FedProx (Li et al., 2020). With `measure`, Eq. 3
-    is computed on batch 0, rho, 2 rho, ... counted over all local epochs, at the weights before
-    that batch's step; the training itself is bit-identical with and without.
+    The optimiser starts anew: SGD with momentum and weight decay on sum_i L_i (MAS, Eq. 2), unless
+    `fl.method` does otherwise. With `measure`, affinities (Eq. 3) are measured on batch 0, rho,
+    2 rho, ... counted over all local epochs, at the weights before that batch's step; the training
+    itself is bit-identical with and without.
+
+    state    what the server sent, with what the method keeps in it
+    capture  (net, batch, fl, scale) -> a step captured for batches of this shape, or None
+    clock    seconds, the device's queue emptied
     """
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("a client has no training images")
     net.train()
-    parameters = list(net.parameters())
-    server = [p.detach().clone() for p in parameters] if fl.method == "fedprox" else []
-    scale = 1.0
-    if fl.encoder_grad_scale == "sqrt":  # the released code, for several decoders
-        scale = 1.0 / math.sqrt(len(net.tasks))
-    graphed = graphed_step(net, first, fl, scale)
-    if graphed:
-        graphed.begin(lr)
-    optimizer = graphed.optimizer if graphed else sgd(parameters, lr, fl)
+    rule = rule_of(fl)(net, fl, state or {})
+    captured = capture(net, first, fl, rule.scale) if capture and rule.captured else None
+    if captured:
+        captured.begin(lr)
+    optimizer = captured.optimizer if captured else sgd(net.parameters(), lr, fl)
     losses, affinities, samples, affinity_seconds = [], [], 0, 0.0
+
+    def measuring(forward: TaskPass, at_features: list[Tensor]) -> None:
+        nonlocal affinity_seconds
+        begin = clock()
+        affinities.append(
+            measured_step(net, batch, forward, at_features, lr, rule.scale, fl.affinity)
+        )
+        affinity_seconds += clock() - begin
+
     for step, batch in enumerate(chain([first], batches)):
         samples += len(batch)
         measured = measure and step % fl.affinity_every == 0
-        if graphed and not measured and batch.image.shape == first.image.shape:
-            losses.append(graphed(batch))
-            continue
-        optimizer.zero_grad()
-        forward = forward_tasks(net, batch)
-        weights = balance.weights if balance else None
-        at_features = forward.backward_decoders(weights)
-        if measured:
-            begin = _clock(batch)
-            before = forward.losses.detach()
-            gradients = encoder_gradients(net, forward, at_features, scale)
-            affinities.append(lookahead(net, batch, before, gradients, lr))
-            affinity_seconds += _clock(batch) - begin
+        if captured and not measured and batch.image.shape == first.image.shape:
+            losses.append(captured(batch))
         else:
-            forward.features.backward(backward_sum(at_features, scale))
-        if server:
-            for p, origin in zip(parameters, server, strict=True):
-                p.grad.add_(p.detach() - origin, alpha=fl.prox_mu)
-        optimizer.step()
-        losses.append(forward.losses.detach())
-        if balance:
-            balance = gradnorm_step(balance, losses[-1], at_features, fl)
+            losses.append(rule.step(batch, optimizer, measuring if measured else None))
     return LocalResult(
         step_losses=torch.stack(losses),
         samples=samples,
         affinity=torch.stack(affinities).mean(0) if affinities else None,
         measurements=len(affinities),
         affinity_seconds=affinity_seconds,
-        balance=balance,
+        travelling=rule.travelling(),
     )
-
-
-def gradnorm_step(balance: Balance, losses: Tensor, at_features: list[Tensor], fl: FL) -> Balance:
-    """One update of the loss weights (GradNorm, Chen et al., 2018, Eq. 2 and algorithm 1).
-
-    at_features holds grad_z (w_i L_i) at the shared representation z, with norms G_i. The weights
-    descend sum_i |G_i - mean(G) r_i^alpha|, the target held constant, where r_i is
-    L_i / L_i(0) over its mean; then they are scaled to sum to n.
-    """
-    initial = losses if balance.initial_losses is None else balance.initial_losses
-    norms = torch.stack([g.float().norm() for g in at_features])
-    ratio = losses / initial
-    target = norms.mean() * (ratio / ratio.mean()) ** fl.gradnorm_alpha
-    slope = torch.sign(norms - target) * norms / balance.weights  # dG_i/dw_i = |grad_z L_i|
-    weights = (balance.weights - fl.gradnorm_lr * slope).clamp(min=1e-3)
-    return Balance(weights * len(weights) / weights.sum(), initial)
-
-
-def _clock(batch: Batch) -> float:
-    """Device seconds, with the device's queue emptied, so that an interval holds its own work."""
-    if batch.image.is_cuda:
-        torch.cuda.synchronize(batch.image.device)
-    return device_clock(batch.image.device)

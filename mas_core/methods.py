@@ -1,24 +1,24 @@
 """The methods the paper compares, each a page-short recipe over trajectories.
 
-A recipe is a generator: it yields the trajectories it needs next, as a list of `Need`, is resumed
-once they are on record, and returns a `MethodResult`. `engine.run` drives one or many of them and
-trains what they share once. What a method costs is counted as if it ran alone.
+A recipe is a generator: it yields what it needs trained next, as a list of `Need`, is resumed once
+that is on record, and returns a `records.study.MethodResult`. A driver (`run.engine`) runs one or
+many of them and trains what they share once. What a method costs is counted as if it ran alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from .config import Settings, Trajectory, UserError
-from .records.cost import JOULES_PER_KWH, Cost, estimated_kwh
-from .records.store import Store
+from .config import Settings, UserError
 from .split import best_split, hoa_groups, partitions, tag_groups
-from .tasks import check_tasks, sort_tasks
+from .tasks import sort_tasks
+
+Trajectory = Any  # a records.trajectory.Trajectory: recipes only pass them on
 
 
 @dataclass(frozen=True)
@@ -27,57 +27,6 @@ class Need:
 
     trajectory: Trajectory
     until: int
-
-
-@dataclass(frozen=True)
-class Study:
-    """What a method works on: a task set with its settings, a seed, and where records are."""
-
-    tasks: str  # in any order; trajectories and affinities have the table's order
-    settings: Settings
-    seed: int
-    store: Store
-
-    def __post_init__(self) -> None:
-        check_tasks(self.tasks)
-
-    @property
-    def rounds(self) -> int:
-        return self.settings.fl.rounds
-
-    def letters(self, group: Iterable[int]) -> str:
-        """Indices of an affinity matrix as task letters."""
-        return "".join(sort_tasks(self.tasks)[i] for i in group)
-
-    def all_in_one(self) -> Trajectory:
-        """The merged task, affinities measured on the way: the trunk of MAS and TAG."""
-        data, model, fl = self.settings.data, self.settings.model, self.settings.fl
-        if len(self.tasks) == 1:  # nothing to measure: the same as one by one in a larger set
-            fl = replace(fl, measure_rounds=0)
-        return Trajectory(sort_tasks(self.tasks), self.seed, data, model, fl)
-
-    def unmeasured(self, **changes: Any) -> Study:
-        """The same without affinities, and with `changes` to its federated training."""
-        fl = replace(self.settings.fl, measure_rounds=0, **changes)
-        return replace(self, settings=replace(self.settings, fl=fl))
-
-    def from_scratch(self, group: str) -> Trajectory:
-        """The tasks of `group` trained from the seed's initial weights."""
-        study = self if sorted(group) == sorted(self.tasks) else self.unmeasured()
-        return replace(study.all_in_one(), tasks=sort_tasks(group))
-
-    def from_all_in_one(self, group: str) -> Trajectory:
-        """The tasks of `group` continued from the all-in-one weights of round R0."""
-        start = self.settings.mas.merge_rounds
-        if start >= self.rounds:
-            raise UserError(f"merge_rounds={start}; allowed: 1 to {self.rounds - 1}")
-        return replace(
-            self.unmeasured().all_in_one(),
-            tasks=sort_tasks(group),
-            parent=self.all_in_one(),
-            start_round=start,
-            lr_from=start if self.settings.mas.lr_schedule == "restart" else 0,
-        )
 
 
 @dataclass(frozen=True)
@@ -90,52 +39,64 @@ class Part:
     affinity_rounds: int = 0  # affinities of rounds before this one belong to the method
 
 
-@dataclass(frozen=True)
-class MethodResult:
-    """What every method returns. Losses are test losses, dimensionless, by task letter."""
+class Study(Protocol):
+    """What a recipe works on; `records.study.Study` is the one over records."""
 
-    method: str
     tasks: str
-    seed: int
-    groups: tuple[str, ...]
-    losses: dict[str, float]  # of the model with the least validation loss
-    losses_last: dict[str, float]  # of the last round's model
-    cost: Cost  # everything the method trains, its search included
-    search_cost: Cost | None  # the share spent on finding the groups (HOA, TAG)
-    parts: tuple[Part, ...]
+    settings: Settings
+    rounds: int  # R
 
-    @property
-    def total(self) -> float:
-        return sum(self.losses.values())
+    def letters(self, group: Iterable[int]) -> str:
+        """Indices of an affinity matrix as task letters."""
 
-    @property
-    def total_last(self) -> float:
-        return sum(self.losses_last.values())
+    def unmeasured(self, **changes: Any) -> Study:
+        """The same without affinities, and with `changes` to its federated training."""
+
+    def all_in_one(self) -> Trajectory:
+        """All tasks merged, affinities measured on the way: the trunk of MAS and TAG."""
+
+    def from_scratch(self, group: str) -> Trajectory:
+        """The tasks of `group` trained from the seed's initial weights."""
+
+    def from_all_in_one(self, group: str) -> Trajectory:
+        """The tasks of `group` continued from the all-in-one weights of round R0."""
+
+    def again(self, group: str) -> Trajectory:
+        """The tasks of `group` from scratch, their schedule restarted at R0."""
+
+    def affinities(self, window: int, rounds: int | None = None, at: str = "mean") -> np.ndarray:
+        """S-hat (n, n): the trunk's affinities of rounds < window (and < rounds)."""
+
+    def deciding_losses(self, trajectory: Trajectory) -> dict[str, float]:
+        """Losses by task that a choice between groups may look at: of validation, or of test."""
+
+    def result(self, name, groups, trained, parts, search=()) -> Any:
+        """What the method returns: every task's test loss, and what all parts cost."""
 
 
-Recipe = Generator[list[Need], None, MethodResult]
+Recipe = Generator[list[Need], None, Any]
 
 
 def one_by_one(study: Study) -> Recipe:
     """Every task alone, one after the other (Bonawitz et al., 2019; MAS, section 1)."""
-    return (yield from _train_groups("one-by-one", study, study.tasks))
+    return (yield from train_groups("one-by-one", study, study.tasks))
 
 
 def all_in_one(study: Study) -> Recipe:
     """All tasks in one multi-task network by FedAvg: min sum_i L_i (MAS, Eq. 2)."""
-    return (yield from _train_groups("all-in-one", study, [study.tasks]))
+    return (yield from train_groups("all-in-one", study, [study.tasks]))
 
 
 def fedprox(study: Study, mu: float = 0.004) -> Recipe:
     """All-in-one with FedProx's mu/2 |theta - theta_server|^2 on every client (Li et al., 2020)."""
     study = study.unmeasured(method="fedprox", prox_mu=mu)
-    return (yield from _train_groups("fedprox", study, [study.tasks]))
+    return (yield from train_groups("fedprox", study, [study.tasks]))
 
 
 def gradnorm(study: Study, alpha: float = 1.5, lr: float = 0.025) -> Recipe:
     """All-in-one with GradNorm's loss weights on the shared representation (Chen et al., 2018)."""
     study = study.unmeasured(method="gradnorm", gradnorm_alpha=alpha, gradnorm_lr=lr)
-    return (yield from _train_groups("gradnorm", study, [study.tasks]))
+    return (yield from train_groups("gradnorm", study, [study.tasks]))
 
 
 def merge_and_split(study: Study, splits: int = 2) -> Recipe:
@@ -146,43 +107,46 @@ def merge_and_split(study: Study, splits: int = 2) -> Recipe:
     """
     check_splits(study, splits)
     check_measured(study)
-    R0, trunk = study.settings.mas.merge_rounds, study.all_in_one()
+    mas, trunk = study.settings.mas, study.all_in_one()
+    R0 = mas.merge_rounds
     study.from_all_in_one(study.tasks)  # an R0 that cannot be is told before anything is trained
     yield [Need(trunk, R0)]
-    split = best_split(affinity_before_split(study, R0), splits)
+    split = best_split(study.affinities(mas.affinity_rounds, R0, mas.affinity_at), splits)
     groups = [study.letters(g) for g in split.groups]
     branches = [study.from_all_in_one(group) for group in groups]
     yield [Need(branch, study.rounds) for branch in branches]
     parts = [Part(trunk, 0, R0, study.settings.mas.affinity_rounds)]
     parts += [Part(branch, R0, study.rounds) for branch in branches]
-    return _result(f"MAS-{splits}", study, groups, branches, parts)
+    return study.result(f"MAS-{splits}", groups, branches, parts)
 
 
 def tag(study: Study, splits: int = 2) -> Recipe:
     """TAG-x (Fifty et al., 2021): groups that may overlap, from all-in-one's affinities.
 
-    All-in-one for R rounds, the best grouping (`split.tag_groups`), every group from scratch; a
-    task in several groups takes its best result, by test loss.
+    All-in-one for R rounds, the best grouping (`split.tag_groups`) by the mean affinity of all of
+    them (or of rounds < `tag.affinity_rounds`), every group from scratch; a task in several groups
+    takes the better one, by `choice.by`.
     """
     check_splits(study, splits)
     check_measured(study)
     trunk = study.all_in_one()
     yield [Need(trunk, study.rounds)]
-    chosen = tag_groups(affinity_before_split(study), splits)
+    read = min(study.settings.tag.affinity_rounds or study.rounds, study.settings.fl.measure_rounds)
+    chosen = tag_groups(study.affinities(read), splits)
     groups = [study.letters(g) for g in chosen.groups]
     trained = [study.from_scratch(group) for group in groups]
     yield [Need(t, study.rounds) for t in trained]
-    search = [Part(trunk, 0, study.rounds, study.settings.mas.affinity_rounds)]
+    search = [Part(trunk, 0, study.rounds, read)]
     parts = [Part(t, 0, study.rounds) for t in trained if t != trunk]
-    return _result(f"TAG-{splits}", study, groups, trained, parts, search)
+    return study.result(f"TAG-{splits}", groups, trained, parts, search)
 
 
 def hoa(study: Study, splits: int = 2) -> Recipe:
     """HOA-x (Standley et al., 2020): groups from the losses of all single tasks and pairs.
 
     A larger group's loss of a task is estimated as its mean over the pairs inside the group. The
-    best x groups (a task in several takes the better test loss) are trained from scratch; singles
-    and pairs among them are at hand.
+    best x groups (a task in several takes the better one) are trained from scratch; singles and
+    pairs among them are at hand. What is better is told by `choice.by`.
     """
     check_splits(study, splits)
     n = len(study.tasks)
@@ -190,7 +154,7 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
     singles = [study.from_scratch(a) for a in letters]
     pairs = [study.from_scratch(a + b) for a, b in combinations(letters, 2)]
     yield [Need(t, study.rounds) for t in (*singles, *pairs)]
-    losses = {t.tasks: study.store.result(t)["test_best"] for t in (*singles, *pairs)}
+    losses = {t.tasks: study.deciding_losses(t) for t in (*singles, *pairs)}
     single_losses = np.array([losses[a][a] for a in letters])
     pair_losses = np.full((n, n), np.nan)
     for i, j in combinations(range(n), 2):
@@ -202,13 +166,13 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
     yield [Need(t, study.rounds) for t in trained]
     search = [Part(t, 0, study.rounds) for t in (*singles, *pairs)]
     parts = [Part(t, 0, study.rounds) for t in trained if len(t.tasks) > 2]
-    return _result(f"HOA-{splits}", study, groups, trained, parts, search)
+    return study.result(f"HOA-{splits}", groups, trained, parts, search)
 
 
 def standalone(study: Study, client: int) -> Recipe:
     """All tasks in one network, trained by one client on its own data (MAS, section 4.5)."""
     study = study.unmeasured(clients=(client,), clients_per_round=1)
-    return (yield from _train_groups(f"standalone-{client}", study, [study.tasks]))
+    return (yield from train_groups(f"standalone-{client}", study, [study.tasks]))
 
 
 def every_partition(study: Study, splits: int, initialised: bool) -> Generator:
@@ -232,8 +196,26 @@ def every_partition(study: Study, splits: int, initialised: bool) -> Generator:
     for groups in choices:
         branches = [trained[group] for group in groups]
         parts = [*trunk, *(Part(t, start, study.rounds) for t in branches)]
-        results.append(_result(name, study, groups, branches, parts))
+        results.append(study.result(name, groups, branches, parts))
     return sorted(results, key=lambda r: r.total)
+
+
+def restarted(study: Study, groups: Sequence[str], name: str) -> Recipe:
+    """Groups trained from scratch whose schedule restarts at R0: the control of MAS's restart.
+
+    Every group's network starts its learning rate anew after R0 rounds, as MAS's do after the
+    split, without having been merged or split. All tasks in one group: MAS-1.
+    """
+    R0 = study.settings.mas.merge_rounds
+    whole = [sorted(group) == sorted(study.tasks) for group in groups]
+    branches = [
+        study.from_all_in_one(g) if all_ else study.again(g)
+        for g, all_ in zip(groups, whole, strict=True)
+    ]
+    yield [Need(t, study.rounds) for t in branches]
+    parts = [Part(t.parent, 0, R0) for t in branches]
+    parts += [Part(t, R0, study.rounds) for t in branches]
+    return study.result(name, groups, branches, parts)
 
 
 METHODS = {
@@ -248,96 +230,12 @@ METHODS = {
 TAKES_SPLITS = ("hoa", "tag", "mas")
 
 
-def affinity_before_split(study: Study, rounds: int | None = None) -> np.ndarray:
-    """S-hat (n, n) that a split reads: the all-in-one affinities of the first rounds.
-
-    Unweighted mean over steps (already taken), clients, then rounds < affinity_rounds, or the last
-    of these rounds alone; never of rounds from `rounds` on, where the split is made earlier. The
-    diagonal is 0, not measured: Eq. 4 defines it.
-    """
-    mas = study.settings.mas
-    trunk = study.all_in_one()
-    measured = study.store.affinities(trunk)
-    if (measured.rounds != np.arange(len(measured.rounds))).any():
-        raise UserError(f"{study.store.folder(trunk) / 'affinity.csv'} lacks rounds; restore it, "
-                        "or delete the folder to train anew")  # fmt: skip
-    values = measured.values[:rounds][: mas.affinity_rounds]
-    per_round = values.mean(1)  # (T, K, n, n) -> (T, n, n)
-    S = per_round[-1] if mas.affinity_at == "last" else per_round.mean(0)
-    np.fill_diagonal(S, 0.0)
-    return S
-
-
-_COUNTED = (
-    "round", "seconds", "affinity_seconds", "joules", "samples", "bytes_down", "bytes_up",
-)  # fmt: skip
-
-
-def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
-    """What a stretch of a trajectory cost when it was trained, by its record.
-
-    A trajectory that was not trained to its end does not say on what; then `like` speaks for it.
-
-    Seconds are those of local training and averaging. Affinities are measured in more rounds than
-    a method asks for; the time of those measurements is left out, and energy in proportion. In it
-    goes one backward pass through the encoder a measured step, which training needs anyway.
-    """
-    table = store.rounds(part.trajectory)
-    paid = table["round"].between(part.begin, part.end, inclusive="left").to_numpy()
-    rows = {name: table[name].to_numpy()[paid] for name in _COUNTED}
-    extra = np.where(rows["round"] >= part.affinity_rounds, rows["affinity_seconds"], 0.0)
-    seconds = rows["seconds"] - extra
-    with np.errstate(invalid="ignore"):  # a round planned, not trained, takes no time
-        joules = rows["joules"].astype(float) * (seconds / rows["seconds"])
-    result = store.result(part.trajectory) or store.result(like or part.trajectory) or {}
-    estimate, source = estimated_kwh(seconds.sum(), result.get("device", ", 1 thread"))
-    measured = np.isfinite(joules).all()
-    return Cost(
-        seconds=float(seconds.sum()),
-        energy_kwh=float(joules.sum() / JOULES_PER_KWH) if measured else None,
-        energy_kwh_estimated=estimate,
-        energy_source=f"{result.get('energy_source', 'not measured')}; estimated from {source}",
-        bytes_down=int(rows["bytes_down"].sum()),
-        bytes_up=int(rows["bytes_up"].sum()),
-        samples=int(rows["samples"].sum()),
-        peak_memory_bytes=int(result.get("peak_memory_bytes") or 0),
-    )
-
-
-def _train_groups(name: str, study: Study, groups: Sequence[str]) -> Recipe:
+def train_groups(name: str, study: Study, groups: Sequence[str]) -> Recipe:
+    """Every group from scratch, each on its own."""
     trained = [study.from_scratch(group) for group in groups]
     yield [Need(t, study.rounds) for t in trained]
-    return _result(name, study, groups, trained, [Part(t, 0, study.rounds) for t in trained])
-
-
-def _result(
-    name: str,
-    study: Study,
-    groups: Sequence[str],
-    trained: Sequence[Trajectory],
-    parts: Sequence[Part],
-    search: Sequence[Part] = (),
-) -> MethodResult:
-    """Every task's lowest test loss among the groups that train it, and the costs."""
-    found = [study.store.result(t) for t in trained]
-    if len({result.get("data") for result in found}) > 1:
-        ids = ", ".join(t.id for t in trained)
-        raise UserError(f"{name} joins records trained on different images ({ids}); delete those "
-                        "that are not of the data wanted")  # fmt: skip
-    best, last = ([result[which] for result in found] for which in ("test_best", "test_last"))
-    everything = (*search, *parts)
-    costs = [part_cost(study.store, part, trained[0]) for part in everything]
-    return MethodResult(
-        method=name,
-        tasks=study.tasks,
-        seed=study.seed,
-        groups=tuple(groups),
-        losses={a: min(x[a] for x in best if a in x) for a in study.tasks},
-        losses_last={a: min(x[a] for x in last if a in x) for a in study.tasks},
-        cost=sum(costs),
-        search_cost=sum(costs[: len(search)]) if search else None,
-        parts=everything,
-    )
+    parts = [Part(t, 0, study.rounds) for t in trained]
+    return study.result(name, groups, trained, parts)
 
 
 def check_splits(study: Study, splits: int = 1) -> None:

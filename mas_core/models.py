@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .config import Model, UserError, stream_seed
-from .tasks import TASKS, Batch, sort_tasks, task_losses
+from .config import Model, UserError, outside, stream_seed
+from .tasks import TASKS, Batch, TaskTable, sort_tasks, task_losses
+
+State = dict[str, Tensor]  # what travels between server and clients, by name
 
 
 @dataclass(frozen=True)
@@ -136,18 +138,23 @@ class MultiTaskNet(nn.Module):
     """
 
     def __init__(
-        self, tasks: str, size: str = "full", output_stride: int = 16, seed: int = 0
+        self,
+        tasks: str,
+        size: str = "full",
+        output_stride: int = 16,
+        seed: int = 0,
+        table: TaskTable = TASKS,
     ) -> None:
         super().__init__()
         self.config = Model(size, output_stride)
-        self.tasks = sort_tasks(tasks)
-        self.graphed_steps: dict[tuple, object] = {}  # see cuda_graph.py; only on a GPU
+        self.table = table
+        self.tasks = sort_tasks(tasks, table)
         widths = SIZES[size]
         self.encoder = _seeded(seed, "encoder", lambda: Encoder(widths, output_stride))
         self.decoders = nn.ModuleDict()
         for a in self.tasks:
             self.decoders[a] = _seeded(
-                seed, a, lambda a=a: Decoder(widths, output_stride, TASKS[a].channels)
+                seed, a, lambda a=a: Decoder(widths, output_stride, table[a].channels)
             )
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -155,17 +162,25 @@ class MultiTaskNet(nn.Module):
         features = self.encoder(image)
         return {a: decoder(features) for a, decoder in self.decoders.items()}
 
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"graphed_steps": {}}  # a copy has memory of its own
-
     def restrict_to(self, tasks: str) -> MultiTaskNet:
         """A new network with this encoder and the decoders of `tasks`, weights copied exactly."""
         absent = sorted(set(tasks) - set(self.tasks))
         if absent:
             raise UserError(f"task {absent[0]!r} is not in this network of {self.tasks!r}")
-        part = MultiTaskNet(tasks, self.config.size, self.config.output_stride)
+        part = build(tasks, self.config, table=self.table)
         part.load_state_dict(restrict_state(self.state_dict(), part.tasks))
         return part
+
+
+def build(tasks: str, model: Model, seed: int = 0, table: TaskTable = TASKS) -> MultiTaskNet:
+    """The network of `model` for some tasks, with the initial weights of `seed`.
+
+    `model.size` may name a function outside the package, called as (tasks, model, seed, table). Its
+    network has `tasks`, `table`, an `encoder`, `decoders[letter]`, and draws weights from `seed`.
+    """
+    if ":" in model.size:
+        return outside(model.size)(sort_tasks(tasks, table), model, seed, table)
+    return MultiTaskNet(tasks, model.size, model.output_stride, seed, table)
 
 
 def merge(nets: list[MultiTaskNet]) -> MultiTaskNet:
@@ -175,7 +190,7 @@ def merge(nets: list[MultiTaskNet]) -> MultiTaskNet:
     encoders differ cannot be merged exactly, which is an error.
     """
     tasks = "".join(net.tasks for net in nets)
-    whole = MultiTaskNet(tasks, nets[0].config.size, nets[0].config.output_stride)
+    whole = build(tasks, nets[0].config, table=nets[0].table)
     first = nets[0].encoder.state_dict()
     for net in nets[1:]:
         same = net.config == whole.config and all(
@@ -218,6 +233,14 @@ class TaskPass:
         """
         (self.losses if weights is None else self.losses * weights).sum().backward()
         return [handle.grad for handle in self.handles]
+
+
+def gradient_at_features(at_features: list[Tensor], scale: float = 1.0) -> Tensor:
+    """What the encoder's backward pass starts from: the tasks' gradients, summed and scaled."""
+    total = at_features[0]
+    for g in at_features[1:]:
+        total = total + g
+    return total if scale == 1.0 else total * scale
 
 
 def forward_tasks(net: MultiTaskNet, batch: Batch) -> TaskPass:

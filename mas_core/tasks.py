@@ -1,5 +1,7 @@
 """The nine dense vision tasks in one table: letter, Taskonomy domain, decoding, channels, loss.
 
+Another table of tasks can stand in its place (`Data.tasks`): every function here takes one.
+
 Encodings and losses are those of the released code (which takes them from Standley et al., 2020):
 `decode` turns what lies on disk into what a network predicts, `loss` compares the two.
 
@@ -10,7 +12,7 @@ average over valid pixels; e, r and c zero invalid pixels but average over all; 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -87,10 +89,12 @@ class Task:
     divisor: float = 1.0
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _l1
     flip_signs: tuple[float, ...] | None = None  # signs of the channels under a horizontal flip
+    masked: bool = False  # only pixels of valid depth count
+    classes: bool = False  # the stored values are class ids, 0 = unlabelled; `channels` classes
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Encoded (B, H, W[, 3]) -> target (B, C, H, W) float32; for s (B, H, W) int64."""
-        if self.letter == "s":
+        """Encoded (B, H, W[, 3]) -> target (B, C, H, W) float32; of classes (B, H, W) int64."""
+        if self.classes:
             return raw.long()
         value = raw.unsqueeze(-1) if raw.dim() == 3 else raw
         # Reshading is a gray image stored as RGB; curvature uses the first two channels of three.
@@ -108,54 +112,66 @@ def _float_image(raw: Tensor) -> Tensor:
     return raw.permute(0, 3, 1, 2).contiguous().to(torch.float32, copy=True)
 
 
-TASKS = {
-    task.letter: task
-    for task in (
-        Task("s", "semantic segmentation", "segment_semantic", "uint8", NUM_CLASSES,
-             loss=_cross_entropy),
-        Task("d", "depth", DEPTH_DOMAIN, "uint16", 1, (1500.0,), (1000.0,), loss=_rotation_l1),
-        Task("n", "surface normals", "normal", "uint8x3", 3, (0.5,), (0.5,), 255.0,
-             loss=_rotation_l1, flip_signs=(-1.0, 1.0, 1.0)),
-        Task("k", "keypoints", "keypoints2d", "uint16", 1, (50.0,), (100.0,)),
-        Task("t", "edge texture", "edge_texture", "uint16", 1, (718.0,), (1070.0,)),
-        Task("e", "edge occlusion", "edge_occlusion", "uint16", 1, (56.0248,), (239.1265,),
-             loss=_l1_invalid_zero),
-        Task("r", "reshading", "reshading", "uint8x3", 1, (0.4962,), (0.2846,), 255.0,
-             loss=_l1_invalid_zero),
-        Task("c", "principal curvature", "principal_curvature", "uint8x3", 2, (0.5175, 0.4987),
-             (0.1373, 0.0359), 255.0, loss=_l1_invalid_zero),
-        Task("a", "auto-encoder", "rgb", "uint8x3", 3, divisor=255.0),
-    )
-}  # fmt: skip
+class TaskTable(dict[str, Task]):
+    """Tasks by letter, in the order that they have everywhere, and what all of them share."""
 
-INPUT_DOMAIN = "rgb"
-DOMAINS = (INPUT_DOMAIN, *(t.domain for t in TASKS.values() if t.domain != INPUT_DOMAIN))
-STORED = {t.domain: t.stored for t in TASKS.values()}  # domain -> how its PNGs are encoded
+    def __init__(
+        self, *tasks: Task, image: str = "rgb", mask: str | None = DEPTH_DOMAIN
+    ) -> None:
+        super().__init__({task.letter: task for task in tasks})
+        self.image = image  # the domain of the input, 8 bits, three channels
+        self.mask = mask  # the domain whose values from 2^13 on are invalid; None: all are valid
+        stored = {image: "uint8x3"} | ({mask: "uint16"} if mask else {})
+        self.stored = stored | {t.domain: t.stored for t in tasks}  # domain -> its encoding
+        self.class_maps = {t.domain for t in tasks if t.classes}
 
 
-def check_tasks(letters: str) -> str:
+TASKS = TaskTable(
+    Task("s", "semantic segmentation", "segment_semantic", "uint8", NUM_CLASSES,
+         loss=_cross_entropy, classes=True),
+    Task("d", "depth", DEPTH_DOMAIN, "uint16", 1, (1500.0,), (1000.0,), loss=_rotation_l1,
+         masked=True),
+    Task("n", "surface normals", "normal", "uint8x3", 3, (0.5,), (0.5,), 255.0,
+         loss=_rotation_l1, flip_signs=(-1.0, 1.0, 1.0), masked=True),
+    Task("k", "keypoints", "keypoints2d", "uint16", 1, (50.0,), (100.0,)),
+    Task("t", "edge texture", "edge_texture", "uint16", 1, (718.0,), (1070.0,)),
+    Task("e", "edge occlusion", "edge_occlusion", "uint16", 1, (56.0248,), (239.1265,),
+         loss=_l1_invalid_zero, masked=True),
+    Task("r", "reshading", "reshading", "uint8x3", 1, (0.4962,), (0.2846,), 255.0,
+         loss=_l1_invalid_zero, masked=True),
+    Task("c", "principal curvature", "principal_curvature", "uint8x3", 2, (0.5175, 0.4987),
+         (0.1373, 0.0359), 255.0, loss=_l1_invalid_zero, masked=True),
+    Task("a", "auto-encoder", "rgb", "uint8x3", 3, divisor=255.0),
+)  # fmt: skip
+
+DOMAINS = (TASKS.image, *(t.domain for t in TASKS.values() if t.domain != TASKS.image))
+STORED = TASKS.stored
+
+
+def check_tasks(letters: str, table: TaskTable = TASKS) -> str:
     """`letters` itself when each is a known task and none is there twice; a UserError otherwise."""
-    allowed = "".join(TASKS)
-    unknown = sorted(set(letters) - set(TASKS))
+    allowed = "".join(table)
+    unknown = sorted(set(letters) - set(table))
     if unknown:
         raise UserError(f"unknown task {unknown[0]!r} in {letters!r}; the tasks are {allowed}")
     twice = sorted({letter for letter in letters if letters.count(letter) > 1})
     if twice:
-        raise UserError(f"task {twice[0]!r} stands twice in {letters!r}")
+        raise UserError(f"task {twice[0]!r} is repeated in {letters!r}")
     if not letters:
         raise UserError(f"no task given; the tasks are {allowed}")
     return letters
 
 
-def sort_tasks(letters: str) -> str:
+def sort_tasks(letters: str, table: TaskTable = TASKS) -> str:
     """The same tasks in the table's order, so that a set of tasks has one name."""
-    return "".join(letter for letter in TASKS if letter in check_tasks(letters))
+    return "".join(letter for letter in table if letter in check_tasks(letters, table))
 
 
-def domains_of(letters: str) -> tuple[str, ...]:
+def domains_of(letters: str, table: TaskTable = TASKS) -> tuple[str, ...]:
     """The domains that training `letters` reads: image, depth (for the mask), labels."""
-    needed = {INPUT_DOMAIN, DEPTH_DOMAIN, *(TASKS[letter].domain for letter in letters)}
-    return tuple(domain for domain in DOMAINS if domain in needed)
+    needed = {table.image, table.mask, *(table[letter].domain for letter in letters)}
+    order = (table.image, *(t.domain for t in table.values()), table.mask)
+    return tuple(domain for domain in dict.fromkeys(order) if domain and domain in needed)
 
 
 @dataclass
@@ -165,12 +181,15 @@ class Batch:
     image: Tensor
     mask: Tensor
     targets: dict[str, Tensor]
+    table: TaskTable = field(default_factory=lambda: TASKS)
 
     def __len__(self) -> int:
         return len(self.image)
 
 
-def decode_batch(raw: dict[str, Tensor], letters: str, flip: Tensor | None = None) -> Batch:
+def decode_batch(
+    raw: dict[str, Tensor], letters: str, flip: Tensor | None = None, table: TaskTable = TASKS
+) -> Batch:
     """Decode encoded arrays, on the device where they lie, and flip some of the images.
 
     raw     domain -> (B, H, W) or (B, H, W, 3), as stored (uint8, uint16)
@@ -179,19 +198,24 @@ def decode_batch(raw: dict[str, Tensor], letters: str, flip: Tensor | None = Non
     if flip is not None:  # as encoded, a fifth of the bytes of what is decoded
         raw = {d: torch.where(flip.view(-1, *[1] * (a.dim() - 1)), a.flip(2), a)
                for d, a in raw.items()}  # fmt: skip
-    image = _float_image(raw[INPUT_DOMAIN]).div_(255.0)
-    # uint16 has few operators in PyTorch; every 16-bit value is exact in float32.
-    mask = (raw[DEPTH_DOMAIN].float() < MAX_DEPTH).float().unsqueeze(1)
-    targets = {letter: TASKS[letter].decode(raw[TASKS[letter].domain]) for letter in letters}
+    image = _float_image(raw[table.image]).div_(255.0)
+    if table.mask is None:
+        mask = torch.ones_like(image[:, :1])
+    else:  # uint16 has few operators in PyTorch; every 16-bit value is exact in float32.
+        mask = (raw[table.mask].float() < MAX_DEPTH).float().unsqueeze(1)
+    targets = {letter: table[letter].decode(raw[table[letter].domain]) for letter in letters}
     for letter, target in targets.items():
-        if flip is not None and TASKS[letter].flip_signs is not None:
-            signs = target.new_tensor(TASKS[letter].flip_signs)
+        if flip is not None and table[letter].flip_signs is not None:
+            signs = target.new_tensor(table[letter].flip_signs)
             target *= torch.where(flip[:, None], signs, 1.0)[..., None, None]
-    return Batch(image, mask, targets)
+    return Batch(image, mask, targets, table)
 
 
 def task_losses(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
     """Loss of every task on one batch, in the order of `outputs`: (n,) float32, dimensionless."""
     return torch.stack(
-        [TASKS[a].loss(out.float(), batch.targets[a], batch.mask) for a, out in outputs.items()]
+        [
+            batch.table[a].loss(out.float(), batch.targets[a], batch.mask)
+            for a, out in outputs.items()
+        ]
     )

@@ -19,16 +19,18 @@ import pytest
 from safetensors.torch import load_file
 
 from mas_core import engine
-from mas_core.__main__ import main, train_recipes
+from mas_core.__main__ import main
 from mas_core.config import UserError, override
-from mas_core.methods import Study, all_in_one, merge_and_split, one_by_one
+from mas_core.methods import all_in_one, merge_and_split, one_by_one
 from mas_core.records.store import Store
+from mas_core.records.study import Study
 
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
 psutil = pytest.importorskip("psutil")  # with distributed
 pytest.importorskip("dask_jobqueue")
 from mas_core.run import cluster  # noqa: E402
+from mas_core.run.workers import train_recipes  # noqa: E402
 
 DEADLINE = 300  # seconds; reached only where something hangs
 R0, ROUNDS = 12, 16

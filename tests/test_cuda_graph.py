@@ -5,11 +5,10 @@ import copy
 import pytest
 import torch
 
-from mas_core import local
 from mas_core.config import FL
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
-from mas_core.run.cuda_graph import GraphedStep, graphed_step, run_eagerly
+from mas_core.run.cuda_graph import CapturedSteps, GraphedStep, run_eagerly
 
 PLAIN = FL(batch_size=4, affinity_every=3)
 LR = 0.01
@@ -32,17 +31,16 @@ def assert_same_weights(a, b):
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    """local_update takes captured steps that run eagerly; the list of those that were built."""
-    built = []
+def stand_in():
+    """Captured steps that run eagerly; `stand_in.built` lists those that were built."""
 
-    def stand_in(net, batch, fl, scale):
-        if not built:
-            built.append(GraphedStep(net, batch, fl, scale, run_eagerly))
-        return built[0]
+    def capture(net, batch, fl, scale):
+        if not capture.built:
+            capture.built.append(GraphedStep(net, batch, fl, scale, run_eagerly))
+        return capture.built[0]
 
-    monkeypatch.setattr(local, "graphed_step", stand_in)
-    return built
+    capture.built = []
+    return capture
 
 
 def test_building_a_captured_step_leaves_the_network_as_it_was(net, batches):
@@ -54,12 +52,11 @@ def test_building_a_captured_step_leaves_the_network_as_it_was(net, batches):
 
 @pytest.mark.parametrize("measure", [False, True])
 @pytest.mark.parametrize("fl", [PLAIN, FL(momentum=0.0), FL(encoder_grad_scale="sqrt")])
-def test_captured_steps_train_to_the_same_bits(net, batches, graphs, monkeypatch, fl, measure):
+def test_captured_steps_train_to_the_same_bits(net, batches, stand_in, fl, measure):
     other = copy.deepcopy(net)
     for lr in (LR, LR / 2):  # two clients: momentum starts anew, the learning rate changes
-        result = local_update(net, batches, fl, lr, measure)
-    assert len(graphs) == 1
-    monkeypatch.undo()
+        result = local_update(net, batches, fl, lr, measure, capture=stand_in)
+    assert len(stand_in.built) == 1
     for lr in (LR, LR / 2):
         expected = local_update(other, batches, fl, lr, measure)
     assert_same_weights(net, other)
@@ -91,12 +88,4 @@ def test_a_capture_that_fails_leaves_the_network_as_it_was(net, batches):
 
 
 def test_nothing_is_captured_without_a_gpu(net, batches):
-    assert graphed_step(net, batches[0], PLAIN, 1.0) is None
-    assert not net.graphed_steps
-
-
-def test_a_copied_network_captures_its_own_steps(net, batches):
-    net.graphed_steps["a shape"] = GraphedStep(net, batches[0], PLAIN, capture=run_eagerly)
-    other = copy.deepcopy(net)
-    assert other.graphed_steps == {} and len(net.graphed_steps) == 1
-    assert_same_weights(net, other)
+    assert CapturedSteps()(net, batches[0], PLAIN, 1.0) is None

@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 from test_methods import make_record
 
 from mas_core import engine
-from mas_core.config import Trajectory, UserError
-from mas_core.federated import TrainingDiverged, is_done, train
-from mas_core.methods import Need, Study, merge_and_split
+from mas_core.config import UserError
+from mas_core.federated import TrainingDiverged
+from mas_core.methods import Need, merge_and_split
 from mas_core.records.store import Store
+from mas_core.records.study import Study
+from mas_core.records.training import is_done, train
+from mas_core.records.trajectory import Trajectory
 from mas_core.run.engine import (
     EngineError,
     Progress,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mas_core import experiments, federated
+from mas_core import experiments, training
 from mas_core.paper.experiments import Missing, ask
 from mas_core.records.store import Store
 from mas_core.run.engine import collect
@@ -117,13 +117,13 @@ def test_missing_records_name_the_command(small):
 
 
 def test_asking_trains_what_is_missing_when_told_to_and_only_then(folder, tmp_path, monkeypatch):
-    store, real, trained = Store(tmp_path, "smoke"), federated.run_round, []
+    store, real, trained = Store(tmp_path, "smoke"), training.run_round, []
 
-    def logged(net, state, trajectory, round_, data):
+    def logged(net, state, trajectory, round_, data, *more):
         trained.append((trajectory.tasks, trajectory.seed, round_))
-        return real(net, state, trajectory, round_, data)
+        return real(net, state, trajectory, round_, data, *more)
 
-    monkeypatch.setattr(federated, "run_round", logged)
+    monkeypatch.setattr(training, "run_round", logged)
 
     def pair(store, seed, overrides):
         return experiments.explore_affinities(store, seed, overrides, "dk")
@@ -145,7 +145,7 @@ def test_needs_are_those_that_are_not_on_record(folder, tmp_path):
     s = experiments.study(store, "sdnkt", 0, TINY)
     asked = collect(experiments.tour(store, 0, TINY), store)[1]
     assert [n.trajectory.tasks for n in asked] == ["s", "d", "n", "k", "t", "sdnkt", "sdnkt"]
-    federated.train(s.from_scratch("k"), 4, store, folder)
+    training.train(s.from_scratch("k"), 4, store, folder)
     later = collect(experiments.tour(store, 0, TINY), store)[1]
     assert later == [n for n in asked if n.trajectory.tasks != "k"]
     assert collect({}, store) == ({}, [])

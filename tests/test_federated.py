@@ -10,26 +10,23 @@ import pytest
 import torch
 from torch import nn
 
-from mas_core import federated
+from mas_core import federated, training
 from mas_core.affinity import lookahead_affinity
-from mas_core.config import FL, Trajectory, UserError, override, stream
+from mas_core.config import FL, UserError, override, stream
 from mas_core.data.clients import open_data
 from mas_core.federated import (
     TrainingDiverged,
-    build,
     client_batches,
-    is_done,
     load_state,
     run_round,
     select_clients,
-    start_state,
-    state_at,
-    train,
     weighted_mean,
 )
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
 from mas_core.records.evaluate import evaluate
+from mas_core.records.training import build, is_done, start_state, state_at, train
+from mas_core.records.trajectory import Trajectory
 from mas_core.tasks import Batch, task_losses
 
 UNTIMED = ["seconds", "joules", "affinity_seconds"]
@@ -108,12 +105,12 @@ def test_all_clients_with_one_full_batch_step_are_one_centralised_step(settings,
     trajectory = Trajectory(tasks, 5, settings.data, settings.model, fl)
     net = without_batch_norm(build(trajectory))
     state = {k: t.clone() for k, t in net.state_dict().items()}
-    new, row, _ = run_round(net, state, trajectory, 0, opened)
+    new, row = run_round(net, state, trajectory, 0, opened)
 
     parts = [list(client_batches(trajectory, opened, k, 0, torch.device("cpu"))) for k in range(4)]
     assert [len(p) for p in parts] == [1] * 4
     sizes = [len(p[0]) for p in parts]
-    assert sizes == [6, 10, 14, 18] and row["samples"] == 48
+    assert sizes == [6, 10, 14, 18] and row.samples == 48
     union = Batch(
         torch.cat([p[0].image for p in parts]),
         torch.cat([p[0].mask for p in parts]),
@@ -130,8 +127,7 @@ def test_all_clients_with_one_full_batch_step_are_one_centralised_step(settings,
         torch.testing.assert_close(new[name], central, rtol=0, atol=3e-7)
         moved = max(moved, (central - state[name]).abs().max().item())
     assert moved > 1e-2
-    for a, loss in zip(net.tasks, losses.tolist(), strict=True):
-        assert float(row[f"train_{a}"]) == pytest.approx(loss, rel=1e-5)
+    assert row.losses.tolist() == pytest.approx(losses.tolist(), rel=1e-5)
 
 
 def test_a_round_is_the_mean_of_its_clients_weighted_by_their_images(
@@ -144,10 +140,10 @@ def test_a_round_is_the_mean_of_its_clients_weighted_by_their_images(
     net = build(trajectory)
     state = {k: t.clone() for k, t in net.state_dict().items()}
     before = copy.deepcopy(state)
-    new, row, rows = run_round(net, state, trajectory, 1, data)
+    new, row = run_round(net, state, trajectory, 1, data)
     assert states_equal(state, before)  # the server's state is an input
 
-    clients = [int(k) for k in row["clients"].split()]
+    clients = row.clients
     assert clients == select_clients(trajectory, 4, 1) and len(set(clients)) == 2
     sizes = np.array([data.count(k, "train") for k in clients])
     p = sizes / sizes.sum()
@@ -167,17 +163,15 @@ def test_a_round_is_the_mean_of_its_clients_weighted_by_their_images(
         else:
             assert tensor.item() == round(mean.item())
     losses = sum(float(w) * r.losses for w, r in zip(p, results, strict=True))
-    assert [float(row[f"train_{a}"]) for a in "dk"] == pytest.approx(losses.tolist(), rel=1e-5)
-    assert row["samples"] == sum(r.samples for r in results)
-    assert float(row["lr"]) == pytest.approx(0.1 * 0.75**0.9, rel=1e-6)
+    assert row.losses.tolist() == pytest.approx(losses.tolist(), rel=1e-5)
+    assert row.samples == sum(r.samples for r in results)
+    assert row.lr == pytest.approx(0.1 * 0.75**0.9, rel=1e-6)
 
-    assert [r["client"] for r in rows] == clients and {r["round"] for r in rows} == {1}
-    for r, result in zip(rows, results, strict=True):
-        assert r["measurements"] == result.measurements
-        S = result.affinity
-        assert float(r["d>k"]) == pytest.approx(S[0, 1].item(), rel=1e-4)
-        assert float(r["k>d"]) == pytest.approx(S[1, 0].item(), rel=1e-4)
-        assert r["d>d"] == r["k>k"] == ""
+    assert row.round == 1 and row.measurements == [r.measurements for r in results]
+    for S, result in zip(row.affinity, results, strict=True):
+        assert S[0, 1] == pytest.approx(result.affinity[0, 1].item(), rel=1e-4)
+        assert S[1, 0] == pytest.approx(result.affinity[1, 0].item(), rel=1e-4)
+        assert np.isnan(S.diagonal()).all()
 
 
 def test_local_epochs_draw_new_batches(trajectory, opened, settings):
@@ -211,7 +205,8 @@ def test_affinities_are_measured_in_the_first_rounds_by_fedavg_alone(trajectory,
         state = {k: v.clone() for k, v in net.state_dict().items()}
         if t.fl.method == "gradnorm":
             state["balance.weights"] = torch.ones(2)
-        return len(run_round(net, state, t, round_, opened)[2])
+        found = run_round(net, state, t, round_, opened)[1].affinity
+        return 0 if found is None else len(found)
 
     assert [measured(r) for r in range(4)] == [2, 2, 0, 0]
     assert measured(0, method="fedprox", prox_mu=0.1) == 0
@@ -221,12 +216,12 @@ def test_affinities_are_measured_in_the_first_rounds_by_fedavg_alone(trajectory,
 def test_first_rounds_affinity_is_eq_3_at_the_initial_weights(trajectory, opened, settings):
     t = replace(trajectory, fl=replace(settings.fl, affinity_every=1000))
     net = build(t)
-    _, _, rows = run_round(net, dict(build(t).state_dict()), t, 0, opened)
-    for row in rows:
-        batch = next(client_batches(t, opened, row["client"], 0, torch.device("cpu")))
+    _, row = run_round(net, dict(build(t).state_dict()), t, 0, opened)
+    assert row.measurements == [1, 1]
+    for client, found in zip(row.clients, row.affinity, strict=True):
+        batch = next(client_batches(t, opened, client, 0, torch.device("cpu")))
         S = lookahead_affinity(build(t), batch, 0.1)
-        assert float(row["d>k"]) == pytest.approx(S[0, 1].item(), abs=1e-5)
-        assert row["measurements"] == 1
+        assert found[0, 1] == pytest.approx(S[0, 1].item(), abs=1e-5)
 
 
 def test_bytes_of_a_round(trajectory, opened, settings):
@@ -234,10 +229,10 @@ def test_bytes_of_a_round(trajectory, opened, settings):
     net = build(trajectory)
     state = {k: t.clone() for k, t in net.state_dict().items()}
     size = sum(t.numel() * (8 if t.dtype == torch.int64 else 4) for t in state.values())
-    _, row, _ = run_round(net, state, trajectory, 0, opened)
-    assert (row["bytes_down"], row["bytes_up"]) == (2 * size, 2 * (size + 4 * 2**2))
+    _, row = run_round(net, state, trajectory, 0, opened)
+    assert (row.bytes_down, row.bytes_up) == (2 * size, 2 * (size + 4 * 2**2))
     plain = replace(trajectory, fl=replace(settings.fl, measure_rounds=0))
-    assert run_round(net, state, plain, 0, opened)[1]["bytes_up"] == 2 * size
+    assert run_round(net, state, plain, 0, opened)[1].bytes_up == 2 * size
 
 
 # --- Selection ------------------------------------------------------------------------------------
@@ -285,7 +280,7 @@ def test_a_trajectory_by_hand(trajectory, folder, opened, store):
     state = {k: t.clone() for k, t in net.state_dict().items()}
     validations, states, rows = {}, {}, []
     for r in range(4):
-        state, row, _ = run_round(net, state, trajectory, r, data)
+        state, row = run_round(net, state, trajectory, r, data)
         rows.append(row)
         states[r + 1] = {k: t.clone() for k, t in state.items()}
         if r in (1, 3):
@@ -295,9 +290,10 @@ def test_a_trajectory_by_hand(trajectory, folder, opened, store):
 
     table = store.rounds(trajectory)
     assert table["round"].tolist() == [0, 1, 2, 3] and store.rounds_done(trajectory) == 4
-    assert table["clients"].tolist() == [r["clients"] for r in rows]
+    assert table["clients"].tolist() == [" ".join(map(str, r.clients)) for r in rows]
     for a in "dk":
-        assert table[f"train_{a}"].tolist() == [float(r[f"train_{a}"]) for r in rows]
+        found = [r.losses["dk".index(a)] for r in rows]
+        assert table[f"train_{a}"].tolist() == pytest.approx(found, rel=1e-5)
         assert table[f"val_{a}"].isna().tolist() == [True, False, True, False]
         for r, losses in validations.items():
             assert table[f"val_{a}"][r] == pytest.approx(losses[a], rel=1e-8)
@@ -365,7 +361,7 @@ def test_a_branch_starts_from_its_parents_weights(trajectory, folder, store, set
     state = {k: parent[k] for k in net.state_dict()}
     data = open_data(branch.data, folder, "k")
     for r in (2, 3):
-        state, row, _ = run_round(net, state, branch, r, data)
+        state, row = run_round(net, state, branch, r, data)
     assert states_equal(state, last_state(store, branch))
     rows = store.rounds(branch)
     assert rows["round"].tolist() == [2, 3]
@@ -402,7 +398,7 @@ def test_state_at_any_round(trajectory, folder, store):
         found = state_at(trajectory, r, store, folder, torch.device("cpu"))
         assert states_equal(found, state), r
         if r < 4:
-            state, _, _ = run_round(net, state, trajectory, r, data)
+            state, _ = run_round(net, state, trajectory, r, data)
     assert {p: p.stat().st_mtime_ns for p in store.folder(trajectory).rglob("*")} == files
 
 
@@ -486,12 +482,12 @@ def test_a_learning_rate_that_is_too_large_diverges_in_words(trajectory, folder,
 
 def test_a_validation_loss_that_is_not_finite_stops_too(trajectory, folder, store, monkeypatch):
     """Weights can break in a client's last step, after its last training loss."""
-    real = federated.evaluate
+    real = training.evaluate
 
     def broken(net, batches):
         return real(net, batches) | {"k": float("nan")}
 
-    monkeypatch.setattr(federated, "evaluate", broken)
+    monkeypatch.setattr(training, "evaluate", broken)
     with pytest.raises(TrainingDiverged, match="'k' is nan on validation in round 1"):
         train(trajectory, 4, store, folder)
     assert store.rounds(trajectory)["round"].tolist() == [0]

@@ -8,8 +8,9 @@ import torch
 
 from mas_core.affinity import lookahead_affinity
 from mas_core.config import FL
-from mas_core.local import Balance, gradnorm_step, local_update
+from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
+from mas_core.rules.gradnorm import INITIAL, WEIGHTS, GradNorm
 from mas_core.tasks import task_losses
 
 PLAIN = FL(batch_size=4, affinity_every=3)
@@ -66,7 +67,7 @@ def test_fedavg_is_plain_sgd_on_the_sum_of_the_losses(batches):
     assert far(net, fresh()) > 1e-2 and far(net, reference) < 2e-6
     torch.testing.assert_close(result.losses, losses.mean(0), rtol=1e-5, atol=1e-6)
     assert result.samples == sum(len(b) for b in batches) == 24
-    assert (result.affinity, result.measurements, result.balance) == (None, 0, None)
+    assert (result.affinity, result.measurements, result.travelling) == (None, 0, {})
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(tensor, reference.state_dict()[name], rtol=1e-4, atol=1e-5)
     trained = {int(t) for k, t in net.state_dict().items() if k.endswith("num_batches_tracked")}
@@ -198,11 +199,13 @@ def test_gradnorm_step_by_hand():
     become 0.9 and 1.02, then times 2 / 1.92.
     """
     fl = FL(method="gradnorm", gradnorm_alpha=1.0, gradnorm_lr=0.02)
-    balance = Balance(torch.ones(2), torch.tensor([4.0, 1.0]))
+    sent = {WEIGHTS: torch.ones(2), INITIAL: torch.tensor([4.0, 1.0])}
     at_features = [torch.tensor([3.0, 4.0]), torch.tensor([0.0, -1.0])]
-    after = gradnorm_step(balance, torch.tensor([2.0, 1.0]), at_features, fl)
-    torch.testing.assert_close(after.weights, torch.tensor([0.9, 1.02]) * (2 / 1.92))
-    assert torch.equal(after.initial_losses, torch.tensor([4.0, 1.0]))
+    rule = GradNorm(fresh(), fl, sent)
+    rule.after(None, torch.tensor([2.0, 1.0]), at_features)
+    back = rule.travelling()
+    torch.testing.assert_close(back[WEIGHTS], torch.tensor([0.9, 1.02]) * (2 / 1.92))
+    assert torch.equal(back[INITIAL], torch.tensor([4.0, 1.0]))
 
 
 def test_gradnorm_slope_is_autograds(batch):
@@ -221,33 +224,34 @@ def test_gradnorm_slope_is_autograds(batch):
     expected = weights.detach() - 0.01 * slope
     expected = expected * 3 / expected.sum()
     at_features = [w.detach() * g for w, g in zip(weights, plain)]
-    after = gradnorm_step(Balance(weights.detach(), initial), losses.detach(), at_features, fl)
-    torch.testing.assert_close(after.weights, expected, rtol=1e-5, atol=1e-6)
-    assert (after.weights - weights).abs().max() > 1e-4
+    rule = GradNorm(net, fl, {WEIGHTS: weights.detach(), INITIAL: initial})
+    rule.after(made, losses.detach(), at_features)
+    torch.testing.assert_close(rule.weights, expected, rtol=1e-5, atol=1e-6)
+    assert (rule.weights - weights).abs().max() > 1e-4
 
 
 def test_gradnorm_weights_stay_positive_and_sum_to_n():
     fl = FL(method="gradnorm", gradnorm_alpha=1.5, gradnorm_lr=100.0)
-    balance = Balance(torch.ones(3))
+    rule = GradNorm(fresh(), fl, {WEIGHTS: torch.ones(3)})
     at_features = [torch.full((4,), x) for x in (9.0, 0.1, 0.1)]
     for losses in ([1.0, 1.0, 1.0], [0.1, 2.0, 1.0], [3.0, 0.2, 1.0]):
-        balance = gradnorm_step(balance, torch.tensor(losses), at_features, fl)
-        assert (balance.weights > 0).all()
-        assert float(balance.weights.sum()) == pytest.approx(3, rel=1e-6)
-    assert torch.equal(balance.initial_losses, torch.ones(3))  # the first losses, kept
+        rule.after(None, torch.tensor(losses), at_features)
+        assert (rule.weights > 0).all()
+        assert float(rule.weights.sum()) == pytest.approx(3, rel=1e-6)
+    assert torch.equal(rule.initial, torch.ones(3))  # the first losses, kept
 
 
 def test_gradnorm_trains_on_the_weighted_losses(batches):
     fl = replace(PLAIN, method="gradnorm", gradnorm_alpha=1.5, gradnorm_lr=0.0)
     weights = torch.tensor([0.2, 2.5, 0.3])
     net, reference, unweighted = fresh(), fresh(), fresh()
-    result = local_update(net, batches, fl, LR, balance=Balance(weights))
+    result = local_update(net, batches, fl, LR, state={WEIGHTS: weights})
     losses = plain_loop(reference, batches, fl, LR, weights=weights)
     plain_loop(unweighted, batches, fl, LR)
     assert far(net, reference) < 2e-5 < 1e-3 < far(net, unweighted)
     torch.testing.assert_close(result.losses, losses.mean(0), rtol=1e-5, atol=1e-6)  # unweighted
-    torch.testing.assert_close(result.balance.weights, weights)
-    torch.testing.assert_close(result.balance.initial_losses, losses[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.travelling[WEIGHTS], weights)
+    torch.testing.assert_close(result.travelling[INITIAL], losses[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_client_without_images_is_an_error():

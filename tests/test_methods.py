@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from mas_core import engine, federated
-from mas_core.config import Settings, UserError, stream
+from mas_core import engine, federated, training
+from mas_core.config import Choice, Settings, Tag, UserError, stream
 from mas_core.methods import (
     METHODS,
     TAKES_SPLITS,
     Need,
     Part,
-    Study,
-    affinity_before_split,
     all_in_one,
     every_partition,
     fedprox,
@@ -24,12 +22,12 @@ from mas_core.methods import (
     hoa,
     merge_and_split,
     one_by_one,
-    part_cost,
     standalone,
     tag,
 )
 from mas_core.records.cost import estimated_kwh
 from mas_core.records.store import Store
+from mas_core.records.study import Study, part_cost
 from mas_core.split import best_split, hoa_groups, partitions, tag_groups
 
 FIVE = "sdnkt"
@@ -69,6 +67,7 @@ def make_record(store, need, affinity=None, losses=None, joules=True):
             "affinity_seconds": f"{part / 4 if measuring else 0:.3f}",
             "bytes_down": int(rng.integers(1000, 9999)), "bytes_up": int(rng.integers(1000, 9999)),
             "seconds": f"{seconds:.3f}", "joules": f"{energy:.1f}" if joules else "",
+            **{f"val_{a}": x for a, x in zip(columns, rng.uniform(1, 2, len(columns)).round(3))},
         })  # fmt: skip
         if measuring:
             S = planted(len(columns), [range(len(columns))]) if affinity is None else affinity(r)
@@ -87,7 +86,7 @@ def make_record(store, need, affinity=None, losses=None, joules=True):
         store.write_result(trajectory, {
             "test_best": losses(trajectory) if losses else best,
             "test_last": {a: x + 0.5 for a, x in best.items()},
-            "energy_source": "nvml" if joules else "not measured",
+            "energy_source": "nvml" if joules else "not measured", "best_round": until - 1,
             "device": DEVICE, "peak_memory_bytes": int(rng.integers(10**6, 10**7)),
         })  # fmt: skip
 
@@ -102,6 +101,12 @@ def drive(make, study, **how):
         asked.append(missing)
         for need in missing:
             make_record(study.store, need, **how)
+
+
+def validated(study, trajectory):
+    """Validation losses of the model with the least one, read from the record's text."""
+    row = study.store.read_rows(trajectory, "rounds.csv", 4)[2 - trajectory.start_round]
+    return {a: float(row[f"val_{a}"]) for a in trajectory.tasks}
 
 
 def rows_of(study, trajectory, begin=0, end=4):
@@ -225,7 +230,7 @@ def test_mas_costs_the_same_when_its_trunk_was_trained_further(study):
 @pytest.mark.parametrize("splits", [1, 2, 3, 4, 5])
 def test_mas_x_has_exactly_x_groups(study, splits):
     result, _ = drive(lambda s: merge_and_split(s, splits), study, affinity=by_round)
-    S = affinity_before_split(study)
+    S = study.affinities(2)
     expected = best_split(S, splits).groups
     assert result.groups == tuple("".join(FIVE[i] for i in g) for g in expected)
     assert len(result.groups) == splits and sorted("".join(result.groups)) == sorted(FIVE)
@@ -242,7 +247,7 @@ def test_the_schedule_after_the_split(study):
 
 def test_affinities_are_plain_means_over_clients_and_rounds(study):
     make_record(study.store, Need(study.all_in_one(), 4), affinity=by_round)
-    S = affinity_before_split(study)
+    S = study.affinities(2)
     expected = np.nan_to_num((by_round(0) + by_round(1)) / 2)
     assert S == pytest.approx(expected, abs=1e-12) and (np.diag(S) == 0).all()
     assert abs(expected[0, 1] - expected[3, 4]) < 0.2 < abs(expected[0, 1] - expected[0, 3])
@@ -264,16 +269,20 @@ def test_tag(study, splits):
     result, asked = drive(lambda s: tag(s, splits), study, affinity=overlapping)
     trunk = study.all_in_one()
     assert asked[0] == [Need(trunk, 4)]
-    chosen = tag_groups(affinity_before_split(study), splits)
+    read = study.settings.fl.measure_rounds  # all that the search measured, worked out apart
+    measured = study.store.affinities(trunk).values[:read]
+    S = np.nan_to_num(measured).mean((0, 1))
+    chosen = tag_groups(S, splits)
     assert result.groups == tuple("".join(FIVE[i] for i in g) for g in chosen.groups)
     trained = [study.from_scratch(group) for group in result.groups]
     if splits > 1:
         assert len("".join(result.groups)) > 5  # tasks in several groups
     assert all(t.parent is None for t in trained)
     for a in FIVE:
-        found = [study.store.result(t)["test_best"][a] for t in trained if a in t.tasks]
-        assert result.losses[a] == min(found)
-    search = [(rows_of(study, trunk), 2)]
+        found = [t for t in trained if a in t.tasks]
+        best = min(found, key=lambda t: validated(study, t)[a])  # noqa: B023
+        assert result.losses[a] == study.store.result(best)["test_best"][a]
+    search = [(rows_of(study, trunk), read)]
     groups = [(rows_of(study, t), 0) for t in trained if t != trunk]  # nothing is trained twice
     assert_cost(result.search_cost, search)
     assert_cost(result.cost, search + groups)
@@ -286,22 +295,64 @@ def test_hoa(study, splits):
     singles = [study.from_scratch(a) for a in FIVE]
     pairs = [study.from_scratch(a + b) for a, b in combinations(FIVE, 2)]
     assert [n.trajectory for n in asked[0]] == singles + pairs and len(pairs) == 10
-    single = [study.store.result(t)["test_best"][t.tasks] for t in singles]
+    single = [validated(study, t)[t.tasks] for t in singles]
     pair = np.full((5, 5), np.nan)
     for t in pairs:
         i, j = (FIVE.index(a) for a in t.tasks)
-        losses = study.store.result(t)["test_best"]
+        losses = validated(study, t)
         pair[i, j], pair[j, i] = losses[FIVE[i]], losses[FIVE[j]]
     chosen = hoa_groups(single, pair, splits)
     assert result.groups == tuple("".join(FIVE[i] for i in g) for g in chosen.groups)
     trained = [study.from_scratch(group) for group in result.groups]
-    assert [n.trajectory for n in asked[1]] == [t for t in trained if len(t.tasks) > 2]
+    large = [t for t in trained if len(t.tasks) > 2]
+    assert [[n.trajectory for n in needs] for needs in asked[1:]] == [large] * bool(large)
     search = [(rows_of(study, t), 0) for t in singles + pairs]
     assert_cost(result.search_cost, search)
     assert_cost(result.cost, search + [(rows_of(study, t), 0) for t in trained if len(t.tasks) > 2])
     for a in FIVE:
+        best = min((t for t in trained if a in t.tasks), key=lambda t: validated(study, t)[a])  # noqa: B023
+        assert result.losses[a] == study.store.result(best)["test_best"][a]
+
+
+def test_choosing_by_test_loss_is_the_papers_way(study):
+    """Of two groups that serve a task, validation may choose the one of higher test loss."""
+    by_test = replace(study, settings=replace(study.settings, choice=Choice("test")))
+    chosen, other = (drive(lambda s: tag(s, 3), s, affinity=overlapping)[0]
+                     for s in (study, by_test))  # fmt: skip
+    trained = [study.from_scratch(group) for group in chosen.groups]
+    for a in FIVE:
         found = [study.store.result(t)["test_best"][a] for t in trained if a in t.tasks]
-        assert result.losses[a] == min(found)
+        assert other.losses[a] == min(found) <= chosen.losses[a]
+    assert other.total < chosen.total
+
+
+def test_tag_reads_all_rounds_it_measured_or_a_window(study):
+    def late(r):  # the first rounds group s with d, the mean of all of them s with n
+        S = planted(5, [[0, 1]] if r < 2 else [[0, 2]], inside=1.0 if r < 2 else 3.0)
+        return S
+
+    whole, _ = drive(lambda s: tag(s, 4), study, affinity=late)
+    window = replace(study, settings=replace(study.settings, tag=Tag(2)))
+    early, _ = drive(lambda s: tag(s, 4), window, affinity=late)
+    assert "sn" in whole.groups and "sd" in early.groups and whole.groups != early.groups
+
+
+def test_more_measurements_on_record_serve_a_trajectory_that_needs_none(study):
+    make_record(study.store, Need(study.all_in_one(), 4))
+    assert study.unmeasured().from_scratch(FIVE) == study.all_in_one()
+    assert study.unmeasured(local_epochs=3).from_scratch(FIVE) != study.all_in_one()
+    branch = study.from_all_in_one(FIVE)
+    assert branch.parent == study.all_in_one() and branch.fl.measure_rounds == 0
+
+
+def test_too_few_affinities_are_refused_by_name(study):
+    make_record(study.store, Need(study.all_in_one(), 4))
+    with pytest.raises(UserError, match="affinities of 5 rounds are read, but fl.measure_rounds=4"):
+        study.affinities(5)
+    rows = study.store.read_rows(study.all_in_one(), "affinity.csv", 1)
+    study.store.write_affinities(study.all_in_one(), rows)
+    with pytest.raises(UserError, match="affinity.csv lacks rounds of the first 2"):
+        study.affinities(2)
 
 
 def test_standalone_trains_one_client(study):
@@ -403,7 +454,7 @@ def test_affinities_that_lack_their_first_round_are_refused(study):
     rows = study.store.read_rows(trunk, "affinity.csv", 4)
     study.store.write_affinities(trunk, [row for row in rows if row["round"] != "0"])
     with pytest.raises(UserError, match="affinity.csv lacks rounds"):
-        affinity_before_split(study)
+        study.affinities(2)
 
 
 def test_records_of_different_images_do_not_make_one_result(study):
@@ -442,11 +493,11 @@ def test_the_table_of_methods():
 def trained(settings, folder, tmp_path_factory):
     """MAS-2, MAS-3, TAG-2, all-in-one and one-by-one on three tasks; and the rounds run for it."""
     study = Study("dkt", settings, 0, Store(tmp_path_factory.mktemp("trained"), "small"))
-    real, rounds = federated.run_round, []
+    real, rounds = training.run_round, []
 
-    def logged(net, state, trajectory, round_, data):
+    def logged(net, state, trajectory, round_, data, *more):
         rounds.append((trajectory.id, round_))
-        return real(net, state, trajectory, round_, data)
+        return real(net, state, trajectory, round_, data, *more)
 
     recipes = {
         "MAS-2": merge_and_split(study, 2),
@@ -458,7 +509,7 @@ def trained(settings, folder, tmp_path_factory):
         "MAS-1": merge_and_split(study, 1),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(federated, "run_round", logged)
+        patch.setattr(training, "run_round", logged)
         results = engine.run(recipes, study.store, folder)
     return study, results, rounds
 
@@ -516,7 +567,7 @@ def test_counted_images_by_hand(trained):
 
 def test_a_second_run_trains_nothing(trained, folder, monkeypatch):
     study, results, _ = trained
-    monkeypatch.setattr(federated, "run_round", None)
+    monkeypatch.setattr(training, "run_round", None)
     again = engine.run({"MAS-2": merge_and_split(study, 2), "TAG-2": tag(study, 2)},
                        study.store, folder)  # fmt: skip
     assert again == {name: results[name] for name in again}

@@ -123,7 +123,7 @@ def test_merge_refuses_other_encoders_and_tasks_twice():
     next(m for m in statistics.encoder.modules() if isinstance(m, nn.BatchNorm2d)).running_mean += 1
     with pytest.raises(UserError, match="differ"):
         merge([net, statistics])
-    with pytest.raises(UserError, match="'k' stands twice"):
+    with pytest.raises(UserError, match="'k' is repeated"):
         merge([net, MultiTaskNet("k", "tiny", 4)])
     with pytest.raises(UserError, match="'s' is not in this network of 'dk'"):
         net.restrict_to("s")

@@ -91,6 +91,54 @@ def test_names_that_readme_and_notebooks_use(tmp_path):
         mas_core.train_everything  # noqa: B018
 
 
+# What stands first is imported by what stands later, never the other way. Folders count whole.
+ORDER = [
+    "config", "tasks", "models", "affinity", "split", "rules", "local", "federated", "methods",
+    "data", "records", "run", "paper", "__main__",
+]  # fmt: skip
+
+
+def imports_of(name):
+    """The modules of the package that a module imports, inside functions too, as full names."""
+    path = ROOT.joinpath(*name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level]
+            source = ".".join([*(base if node.level else []), *filter(None, [node.module])])
+            found |= {f"{source}.{alias.name}" for alias in node.names} | {source}
+    known = set(MODULES)
+    return {f for f in found if f in known and f != "mas_core" and f != package} - {name}
+
+
+def room_of(name):
+    return name.removeprefix("mas_core.").partition(".")[0]
+
+
+def test_imports_run_one_way():
+    """tasks -> models -> affinity -> local -> federated -> methods; then data, records, ..."""
+    rooms = {room_of(name) for name in MODULES if name != "mas_core"}
+    assert rooms <= set(ORDER), f"no place in the order: {rooms - set(ORDER)}"
+    for name in MODULES:
+        if name == "mas_core":
+            continue
+        later = {i for i in imports_of(name)
+                 if ORDER.index(room_of(i)) > ORDER.index(room_of(name))}  # fmt: skip
+        assert not later, f"{name} imports {sorted(later)}"
+
+
+def test_no_circle_anywhere():
+    left = {name: imports_of(name) for name in MODULES}
+    while free := [name for name, needs in left.items() if not needs & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left, f"these import one another in a circle: {sorted(left)}"
+
+
 def test_environment_installs_the_package(project):
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["name"] == "mas"

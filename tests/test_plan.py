@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from mas_core.config import Data, Model, Trajectory
+from mas_core.config import Data, Model
 from mas_core.config import settings as preset_settings
-from mas_core.federated import build
-from mas_core.methods import Study
+from mas_core.federated import state_bytes
 from mas_core.paper import plan
-from mas_core.records.cost import state_bytes
 from mas_core.records.store import Store
+from mas_core.records.study import Study
+from mas_core.records.training import build
+from mas_core.records.trajectory import Trajectory
 
 SMOKE = preset_settings("smoke")
 

@@ -98,7 +98,7 @@ def test_no_train_draws_what_is_on_record(tmp_path, monkeypatch, capsys):
         given.append(parameters["figure_05_sdnkt"].get("seeds"))
         return [dict(notebook="x", status="ok")]
 
-    monkeypatch.setattr("mas_core.__main__.train_recipes", lambda *a: trained.append(a))
+    monkeypatch.setattr("mas_core.run.workers.train_recipes", lambda *a: trained.append(a))
     monkeypatch.setattr(reproduce, "run_notebooks", run_notebooks)
     command = ["reproduce", "figure_05_sdnkt", "--results", str(tmp_path)]
     assert main([*command, "--no-train"]) == 0 and not trained

@@ -18,12 +18,12 @@ import torch
 from conftest import POINTS, SIZE, write_buildings
 from safetensors.torch import load_file, save_file
 
-from mas_core import federated
 from mas_core import store as store_module
+from mas_core import training
 from mas_core.config import UserError
 from mas_core.data.clients import prepare
-from mas_core.federated import train
 from mas_core.records.store import Store, open_store
+from mas_core.records.training import train
 
 VARY = {"seconds", "joules", "affinity_seconds"}  # what a repeated run may record otherwise
 VARY_RESULT = {"energy_source", "peak_memory_bytes", "git_dirty", "git_revision"}
@@ -55,7 +55,7 @@ def weights(store, trajectory):
 @pytest.fixture(scope="module")
 def whole(folder, settings, tmp_path_factory):
     """A trajectory trained in one go: what every other way must give."""
-    from mas_core.config import Trajectory
+    from mas_core.records.trajectory import Trajectory
 
     store = Store(tmp_path_factory.mktemp("whole"), "small")
     trajectory = Trajectory("dk", 0, settings.data, settings.model, settings.fl)
@@ -151,9 +151,9 @@ def processes():
 def _train(results, trajectory, folder, kill_after=None, log=None, start=None):
     """Train in this process, which is killed some seconds after its first round began."""
     torch.set_num_threads(1)
-    run_round = federated.run_round
+    run_round = training.run_round
 
-    def logged(net, state, trajectory, round_, data):
+    def logged(net, state, trajectory, round_, data, *more):
         nonlocal kill_after
         if kill_after is not None:
             threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -161,9 +161,9 @@ def _train(results, trajectory, folder, kill_after=None, log=None, start=None):
         if log:
             with open(log, "a") as file:
                 file.write(f"{round_}\n")
-        return run_round(net, state, trajectory, round_, data)
+        return run_round(net, state, trajectory, round_, data, *more)
 
-    federated.run_round = logged
+    training.run_round = logged
     if start:
         start.wait()
     train(trajectory, trajectory.fl.rounds, Store(results, "small"), folder)
@@ -504,7 +504,8 @@ def test_open_store_makes_no_folder(tmp_path):
 def test_records_are_small_text_and_checkpoints_no_pickles(trajectory, whole):
     folder = whole.folder(trajectory)
     names = {p.name for p in folder.iterdir()} - {"training.lock"}
-    assert names == {"config.json", "rounds.csv", "affinity.csv", "result.json", "checkpoints"}
+    files = {"config.json", "rounds.csv", "affinity.csv", "machines.json", "result.json"}
+    assert names == files | {"checkpoints"}
     assert {p.suffix for p in (folder / "checkpoints").iterdir()} == {".safetensors"}
     kept = {p.stem for p in (folder / "checkpoints").iterdir()} - {"last", "best"}
     assert kept == {f"round_{r:04}" for r in (1, 2, 3, 4)}

@@ -221,7 +221,7 @@ def test_nine_tasks_in_the_papers_letters():
 
 @pytest.mark.parametrize(
     "letters, says",
-    [("sdz", "unknown task 'z'"), ("sds", "'s' stands twice"), ("", "no task"), ("S", "'S'")],
+    [("sdz", "unknown task 'z'"), ("sds", "'s' is repeated"), ("", "no task"), ("S", "'S'")],
 )
 def test_letters_that_are_no_task_set(letters, says):
     with pytest.raises(UserError, match=says):

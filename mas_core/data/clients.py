@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Data, UserError, stream
-from ..tasks import INPUT_DOMAIN, TASKS, Batch, check_tasks, decode_batch, domains_of
+from ..config import Data, UserError, outside, stream
+from ..federated import Clients
+from ..tasks import TASKS, Batch, TaskTable, check_tasks, decode_batch, domains_of
 from .taskonomy import View, hash_json, open_array, prepare
 
 SPLITS = ("train", "val", "test")
@@ -68,6 +69,7 @@ class FederatedData:
     views: dict[str, np.ndarray] = field(repr=False)  # split -> (N, 2): client, row in its arrays
     arrays: list[dict[str, Tensor]] = field(repr=False)  # client -> domain -> memory-mapped
     cache_bytes: int
+    table: TaskTable = field(default_factory=lambda: TASKS, repr=False)
     _cache: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def count(self, client: int, split: str) -> int:
@@ -110,7 +112,7 @@ class FederatedData:
         if not set(letters) <= set(self.letters):
             raise UserError(f"tasks {letters!r} of data opened for {self.letters!r}")
         if self._decoded_bytes() > self.cache_bytes:
-            arrays = {domain: self.arrays[0][domain] for domain in domains_of(letters)}
+            arrays = {domain: self.arrays[0][domain] for domain in domains_of(letters, self.table)}
             largest = max(map(len, steps), default=0)
             # Two in turn, one read while the other fills: fresh memory costs more than the copy.
             buffers = cycle([
@@ -118,11 +120,11 @@ class FederatedData:
                 for _ in range(2)
             ])  # fmt: skip
             loaded = _one_ahead(lambda rows: self._encoded(split, rows, next(buffers)), steps)
-            return (_batch(_decode(raw, letters, device, flip)) for raw, flip in loaded)
+            return (self._batch(self._decode(raw, letters, device, flip)) for raw, flip in loaded)
         whole = self._decoded_split(split, device)
         whole = {name: whole[name] for name in ("image", "mask", *letters)}
         indices = (torch.from_numpy(rows).to(device, non_blocking=True) for rows in steps)
-        return (_batch({n: t.index_select(0, i) for n, t in whole.items()}) for i in indices)
+        return (self._batch({n: t.index_select(0, i) for n, t in whole.items()}) for i in indices)
 
     def _encoded(
         self, split: str, rows: np.ndarray, buffers: dict[str, Tensor]
@@ -149,7 +151,7 @@ class FederatedData:
             chunks = np.array_split(rows, math.ceil(len(rows) / 256))
             buffers = {d: a.new_empty((256, *a.shape[1:])) for d, a in self.arrays[0].items()}
             encoded = (self._encoded(split, chunk, buffers) for chunk in chunks)
-            parts = [_decode(raw, self.letters, device, flip) for raw, flip in encoded]
+            parts = [self._decode(raw, self.letters, device, flip) for raw, flip in encoded]
             # Parts are dropped on the way, so that the split is not held twice.
             self._cache[key] = {
                 name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])
@@ -158,32 +160,33 @@ class FederatedData:
 
     def _decoded_bytes(self) -> int:
         """Of all splits: float32 image, mask and targets (classes int64), training ones twice."""
-        channels = 4 + sum(2 if a == "s" else TASKS[a].channels for a in self.letters)
+        tasks = [self.table[a] for a in self.letters]
+        channels = 4 + sum(2 if task.classes else task.channels for task in tasks)
         rows = sum(len(views) for views in self.views.values()) + len(self.views["train"])
         return rows * self.size**2 * channels * 4
 
+    def _decode(
+        self, raw: dict[str, Tensor], letters: str, device: torch.device, flip: Tensor
+    ) -> dict[str, Tensor]:
+        """decode_batch on the device, of arrays whose 16-bit values lie in signed integers.
 
-def _decode(
-    raw: dict[str, Tensor], letters: str, device: torch.device, flip: Tensor
-) -> dict[str, Tensor]:
-    """decode_batch on the device, of arrays whose 16-bit values lie in signed integers, by name.
+        All tensors have the plain contiguous strides, so that what is computed from a batch
+        does not depend on where it came from, down to the order of sums.
+        """
+        moved = {}
+        for domain, array in raw.items():
+            array = array.to(device)
+            # PyTorch cannot index every unsigned type everywhere; the bits survive as signed ones.
+            moved[domain] = array.to(torch.int32) & 0xFFFF if array.dtype == torch.int16 else array
+        batch = decode_batch(
+            moved, letters, flip.to(device) if flip.any() else None, self.table
+        )
+        tensors = {"image": batch.image, "mask": batch.mask, **batch.targets}
+        # contiguous() leaves odd strides on sides of length one; view() does not.
+        return {name: tensor.contiguous().view(tensor.shape) for name, tensor in tensors.items()}
 
-    All tensors have the plain contiguous strides, so that what is computed from a batch does not
-    depend on where it came from, down to the order of sums.
-    """
-    moved = {}
-    for domain, array in raw.items():
-        array = array.to(device)
-        # PyTorch cannot index every unsigned type everywhere; the bits survive as signed ones.
-        moved[domain] = array.to(torch.int32) & 0xFFFF if array.dtype == torch.int16 else array
-    batch = decode_batch(moved, letters, flip.to(device) if flip.any() else None)
-    tensors = {"image": batch.image, "mask": batch.mask, **batch.targets}
-    # contiguous() leaves odd strides on sides of length one; view() does not.
-    return {name: tensor.contiguous().view(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _batch(tensors: dict[str, Tensor]) -> Batch:
-    return Batch(tensors.pop("image"), tensors.pop("mask"), tensors)
+    def _batch(self, tensors: dict[str, Tensor]) -> Batch:
+        return Batch(tensors.pop("image"), tensors.pop("mask"), tensors, self.table)
 
 
 def _one_ahead(load: Callable[[np.ndarray], Any], steps: list[np.ndarray]) -> Iterator[Any]:
@@ -194,6 +197,16 @@ def _one_ahead(load: Callable[[np.ndarray], Any], steps: list[np.ndarray]) -> It
             ahead.append(pool.submit(load, step))
             yield ahead.pop(0).result()
         yield from (future.result() for future in ahead)
+
+
+def open_clients(data: Data, folder: str | Path | None, letters: str) -> Clients:
+    """The clients' data: prepared buildings, or a source outside the package (`data.source`).
+
+    That is a function called as (data, folder, letters), which returns `federated.Clients`.
+    """
+    if ":" in data.source:
+        return outside(data.source)(data, folder, letters)
+    return open_data(data, folder, letters)
 
 
 def open_data(
@@ -207,7 +220,8 @@ def open_data(
     Raises UserError for a folder that is missing, empty, not prepared at data.size, damaged, lacks
     a domain or has too few buildings.
     """
-    folder, needed = Path(folder), domains_of(check_tasks(letters))
+    table = outside(data.tasks)
+    folder, needed = Path(folder), domains_of(check_tasks(letters, table), table)
     prepared = _prepared(folder, data.size)
     found = sorted(json.loads((prepared / "summary.json").read_text())["buildings"])
     if len(found) < data.buildings:
@@ -220,14 +234,14 @@ def open_data(
             record = json.loads((prepared / name / "views.json").read_text())
             lacking = [domain for domain in needed if domain not in record["domains"]]
             if lacking:
-                tasks = "".join(a for a in letters if TASKS[a].domain in lacking) or letters
+                tasks = "".join(a for a in letters if table[a].domain in lacking) or letters
                 raise UserError(f"lacks domain {', '.join(lacking)} (tasks {tasks}); "
                                 f"prepared are: {', '.join(record['domains'])}")  # fmt: skip
             views = [(point, view) for point, view in record["views"]]
             parts = split_indices(views, data.split, stream(data.split_seed, "split", name))
             opened = [open_array(prepared / name, d, len(views), data.size) for d in needed]
             content.append([name, data.size, views, {d: record["content"][d] for d in needed}])
-            images.append([name, data.size, views, record["content"][INPUT_DOMAIN]])
+            images.append([name, data.size, views, record["content"][table.image]])
         except UserError as error:
             raise UserError(f"building {name} of {folder} {error}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -240,9 +254,9 @@ def open_data(
     for split in SPLITS:
         if not places[split]:
             raise UserError(f"{folder} has no {split} views: a building is split from 3 points on")
-    table = {split: np.array(places[split]) for split in SPLITS}
+    parts_of = {split: np.array(places[split]) for split in SPLITS}
     hashes = hash_json(content), hash_json(images)
-    return FederatedData(names, letters, data.size, *hashes, table, arrays, cache_bytes)
+    return FederatedData(names, letters, data.size, *hashes, parts_of, arrays, cache_bytes, table)
 
 
 def _prepared(folder: Path, size: int) -> Path:
@@ -276,6 +290,8 @@ def ensure_rooms(
     """
     from .rooms import RENDERER_VERSION, render_rooms
 
+    if ":" in data.source:  # it knows where its data are
+        return Path(folder or ".")
     if data.source == "taskonomy":
         if folder is None:
             raise UserError("Taskonomy is not part of the package: name its folder with "

@@ -9,14 +9,15 @@ from pathlib import Path
 import pandas as pd
 
 from ..config import settings
-from ..methods import MethodResult, Study, all_in_one, merge_and_split, one_by_one
+from ..methods import all_in_one, merge_and_split, one_by_one
 from ..records.store import open_store
+from ..records.study import MethodResult, Study
 from ..tasks import TASKS
 
 
 def demo(results: Path, data: Path | None, workers: int | None, device: str | None) -> None:
     """One-by-one, all-in-one and MAS-2 on sdnkt; prints a table, writes RESULTS/smoke/demo.png."""
-    from ..__main__ import train_recipes
+    from ..run.workers import train_recipes
 
     study = Study("sdnkt", settings("smoke", "sdnkt"), 0, open_store("smoke", results))
     recipes = {

@@ -12,8 +12,9 @@ from typing import Any
 
 from .. import methods
 from ..config import settings
-from ..methods import Recipe, Study
+from ..methods import Recipe
 from ..records.store import Store
+from ..records.study import Study
 from ..run.engine import collect, run
 from ..tasks import TASK_SETS
 

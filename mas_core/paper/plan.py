@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..config import Model, Settings, Trajectory, settings, stream
-from ..federated import is_done
+from ..config import Model, Settings, settings, stream
+from ..federated import state_bytes
 from ..methods import Part
 from ..models import MultiTaskNet
-from ..records.cost import state_bytes
 from ..records.store import Affinities, Store, open_store
+from ..records.training import is_done
+from ..records.trajectory import Trajectory
 from ..run.engine import with_ancestors
 from .reproduce import chosen, recipes_of
 
@@ -33,11 +34,14 @@ class AssumedStore(Store):
     """
 
     def affinities(self, trajectory: Trajectory | str) -> Affinities:
+        rounds, n = np.arange(trajectory.fl.measure_rounds), len(trajectory.tasks)
         if (self.folder(trajectory) / "affinity.csv").exists():
-            return super().affinities(trajectory)
-        n = len(trajectory.tasks)
-        values = stream(trajectory.seed, "assumed", trajectory.tasks).normal(size=(1, 1, n, n))
-        return Affinities(np.zeros(1), np.zeros((1, 1)), values)
+            values = super().affinities(trajectory).values
+        else:
+            draw = stream(trajectory.seed, "assumed", trajectory.tasks)
+            values = draw.normal(size=(1, 1, n, n))
+        values = values[np.arange(len(rounds)) % len(values)]
+        return Affinities(rounds, np.zeros(values.shape[:2]), values)
 
     def result(self, trajectory: Trajectory | str) -> dict[str, Any]:
         found = super().result(trajectory)
@@ -46,6 +50,11 @@ class AssumedStore(Store):
             losses = {a: draw.uniform(0.3, 0.4) for a in trajectory.tasks}
             found = {"test_best": losses, "test_last": losses}
         return found
+
+    def validation_losses(self, trajectory: Trajectory, last: bool = False) -> dict[str, float]:
+        if super().result(trajectory) is None:
+            return self.result(trajectory)["test_best"]
+        return super().validation_losses(trajectory, last)
 
     def rounds(self, trajectory: Trajectory | str) -> pd.DataFrame:
         found = super().rounds(trajectory)

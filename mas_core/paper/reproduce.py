@@ -19,8 +19,8 @@ import pandas as pd
 
 from ..config import UserError, settings
 from ..data.clients import rooms_folder
-from ..methods import Study
 from ..records.store import Store, open_store
+from ..records.study import Study
 from ..run.engine import EngineError, collect, threads_per_worker
 from . import experiments as x
 
@@ -69,7 +69,7 @@ def recipes_of(
 
 def reproduce(arguments: Namespace, overrides: dict[str, Any]) -> int:
     """Train what the named notebooks miss, run them, print a table; 1 where anything failed."""
-    from ..__main__ import train_recipes
+    from ..run.workers import train_recipes
 
     stems, preset = chosen(arguments.notebooks), arguments.preset
     seeds = arguments.seeds or [0]

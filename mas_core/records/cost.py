@@ -20,7 +20,6 @@ from pathlib import Path
 from time import perf_counter, process_time
 
 import torch
-from torch import Tensor
 
 # The ratio of the paper's own columns (supplement Tables 3 to 5), so that the figures compare. The
 # paper calls it the United Kingdom's value; it is what carbontracker took in its releases of the
@@ -191,11 +190,6 @@ def estimated_kwh(seconds: float, device_name: str) -> tuple[float, str]:
 def co2_grams(kwh: float | None) -> float | None:
     """Grams of CO2 equivalents, energy x 294.21 g/kWh; None where the energy is not known."""
     return None if kwh is None else kwh * GRAMS_CO2_PER_KWH
-
-
-def state_bytes(state: dict[str, Tensor]) -> int:
-    """Bytes of a state that travels between server and client, as its tensors are stored."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:

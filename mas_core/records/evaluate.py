@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..data.clients import FederatedData
+from ..federated import Clients
 from ..models import MultiTaskNet
-from ..tasks import NUM_CLASSES, TASKS, Batch, task_losses
+from ..tasks import Batch, Task, task_losses
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def evaluate(net: MultiTaskNet, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 def constant_losses(
-    data: FederatedData, tasks: str, device: torch.device, batches_per_client: int = 4
+    data: Clients, tasks: str, device: torch.device, batches_per_client: int = 4
 ) -> dict[str, float]:
     """Test loss of the best constant prediction: what a task's skill 1 - loss / constant refers to.
 
@@ -45,9 +45,10 @@ def constant_losses(
         for i, batch in enumerate(data.evaluation("train", tasks, 16, device, client)):
             if i == batches_per_client:
                 break
+            table = batch.table
             for a in tasks:
-                sample[a].append(_valid_values(a, batch))
-    constants = {a: _constant(a, torch.cat(values)) for a, values in sample.items()}
+                sample[a].append(_valid_values(table[a], batch))
+    constants = {a: _constant(table[a], torch.cat(values)) for a, values in sample.items()}
     total, images = torch.zeros(len(tasks), device=device), 0
     for batch in data.evaluation("test", tasks, 64, device):
         shape = (len(batch), -1, *batch.image.shape[-2:])
@@ -57,17 +58,17 @@ def constant_losses(
     return dict(zip(tasks, (total / images).tolist(), strict=True))
 
 
-def _valid_values(a: str, batch: Batch) -> Tensor:
+def _valid_values(task: Task, batch: Batch) -> Tensor:
     """A task's target pixels that count in its loss: (pixels, channels), or (pixels,) classes."""
-    target = batch.targets[a]
-    if a == "s":
+    target = batch.targets[task.letter]
+    if task.classes:
         return target[target > 0]
     pixels = target.permute(0, 2, 3, 1)
-    return pixels.flatten(0, 2) if a in "kta" else pixels[batch.mask[:, 0] > 0]
+    return pixels[batch.mask[:, 0] > 0] if task.masked else pixels.flatten(0, 2)
 
 
-def _constant(a: str, values: Tensor) -> Tensor:
+def _constant(task: Task, values: Tensor) -> Tensor:
     """The constant prediction, one number a channel."""
-    if a == "s":
-        return torch.bincount(values, minlength=NUM_CLASSES).clamp(min=1).float().log()
-    return values.median(0).values[: TASKS[a].channels]
+    if task.classes:
+        return torch.bincount(values, minlength=task.channels).clamp(min=1).float().log()
+    return values.median(0).values[: task.channels]

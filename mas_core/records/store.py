@@ -3,6 +3,7 @@
     config.json      everything that determines the trajectory, and its parent's id
     rounds.csv       one row a round
     affinity.csv     one row a round and client: Eq. 3 averaged over its steps, columns i>j
+    machines.json    device, threads and versions of every stretch of rounds
     result.json      test losses, cost, provenance; written last, so its presence means complete
     checkpoints/     safetensors, not in git
 
@@ -22,8 +23,8 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +32,24 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import numpy as np
 import pandas as pd
+<<<<<<< HEAD
+=======
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+>>>>>>> 4fb7f68 (The method stands apart: a rule is one file, a round gives numbers, recipes know no records)
 
-from ..config import FL, Data, Model, Trajectory, UserError
+from ..config import FL, Data, Model, UserError
+from ..models import State
 from .tables import BESIDE, results_folder
+from .trajectory import Trajectory
 
+<<<<<<< HEAD
 if TYPE_CHECKING:
     from torch import Tensor
 State = dict[str, "Tensor"]  # PyTorch is imported where checkpoints are: `mas status` needs none
+=======
+>>>>>>> 4fb7f68 (The method stands apart: a rule is one file, a round gives numbers, recipes know no records)
 _REMEDY = "restore it, or delete its folder to train anew"
 
 
@@ -76,8 +88,9 @@ class Store:
         if values is None:
             raise UserError(f"no record {id_} in {self.root}")
         try:
-            clients = values["fl"]["clients"]  # a list in JSON
-            fl = FL(**values["fl"] | {"clients": clients and tuple(clients)})
+            clients, options = values["fl"]["clients"], values["fl"].get("options", ())
+            lists = {"clients": clients and tuple(clients), "options": tuple(map(tuple, options))}
+            fl = FL(**values["fl"] | lists)  # JSON knows no tuples
             data, model = Data(**values["data"]), Model(**values["model"])
             if values["parent"] != (parent.id if parent else None):
                 parent = self.trajectory(values["parent"]) if values["parent"] else None
@@ -108,6 +121,13 @@ class Store:
     def result(self, trajectory: Trajectory | str) -> dict[str, Any] | None:
         """The contents of result.json, or None while the trajectory is not complete."""
         return self._read_json(self.folder(trajectory) / "result.json")
+
+    def validation_losses(self, trajectory: Trajectory, last: bool = False) -> dict[str, float]:
+        """By task, of the model with the lowest sum of them, or of the last round's."""
+        best = self.result(trajectory)["best_round"]
+        rows = self.rounds(trajectory).set_index("round")
+        row = rows.loc[(trajectory.fl.rounds if last else best) - 1]
+        return {a: float(row[f"val_{a}"]) for a in trajectory.tasks}
 
     def rounds(self, trajectory: Trajectory | str) -> pd.DataFrame:
         """rounds.csv as a table with one row a round, empty if there is none."""
@@ -153,6 +173,37 @@ class Store:
     def write_config(self, trajectory: Trajectory) -> None:
         text = json.dumps(trajectory.to_json(), indent=1) + "\n"
         self._write(self.folder(trajectory) / "config.json", text)
+
+    def machines(self, trajectory: Trajectory | str) -> list[dict[str, Any]]:
+        """Where each stretch of rounds was trained, from machines.json; [] in older records."""
+        return self._read_json(self.folder(trajectory) / "machines.json") or []
+
+    def write_machines(self, trajectory: Trajectory, begin: int, where: dict[str, Any]) -> None:
+        """Note that the rounds from `begin` on are trained at `where`."""
+        before = [m for m in self.machines(trajectory) if m["from_round"] < begin]
+        if not before or {"from_round": before[-1]["from_round"], **where} != before[-1]:
+            before.append({"from_round": begin, **where})
+        text = json.dumps(before, indent=1) + "\n"
+        self._write(self.folder(trajectory) / "machines.json", text)
+
+    def served_by(self, trajectory: Trajectory) -> Trajectory:
+        """The trajectory itself, or a complete record that differs in having measured more.
+
+        Measuring leaves the weights alone, so the one without is not trained again.
+        """
+        if self.result(trajectory) is not None:
+            return trajectory
+        for path in sorted(self.root.glob(f"{trajectory.tasks}-s{trajectory.seed}-*/result.json")):
+            other = self.trajectory(path.parent.name, trajectory.parent)
+            fl, wanted = other.fl, trajectory.fl
+            same = replace(fl, measure_rounds=wanted.measure_rounds,
+                           affinity_every=wanted.affinity_every)  # fmt: skip
+            more = fl.measure_rounds >= wanted.measure_rounds and (
+                not wanted.measure_rounds or fl.affinity_every == wanted.affinity_every
+            )
+            if more and replace(other, fl=same) == trajectory:
+                return other
+        return trajectory
 
     def write_rounds(self, trajectory: Trajectory, rows: list[dict[str, Any]]) -> None:
         self._write(self.folder(trajectory) / "rounds.csv", _csv_text(rows))
@@ -203,8 +254,9 @@ class Store:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"checkpoint {path} cannot be read ({error}); {remedy}") from None
-        shapes = {k: t.shape for k, t in state.items() if not k.startswith("balance.")}
-        wanted = {k: t.shape for k, t in like.items() if not k.startswith("balance.")}
+        network = ("encoder.", "decoders.")  # what else there is travels with the method
+        shapes = {k: t.shape for k, t in state.items() if k.startswith(network)}
+        wanted = {k: t.shape for k, t in like.items() if k.startswith(network)}
         known = about.get("trajectory") == trajectory.id and {"round", "data"} <= about.keys()
         if not known or shapes != wanted:
             raise UserError(f"checkpoint {path} holds another network's weights; {remedy}")

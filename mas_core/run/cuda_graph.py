@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..affinity import backward_sum
 from ..config import FL
-from ..models import MultiTaskNet, forward_tasks
+from ..local import sgd
+from ..models import MultiTaskNet, forward_tasks, gradient_at_features
 from ..tasks import Batch
 
 PIXELS = 2**18  # batches below this are bound by launches: 256 images of 32 px, 4 of 256 px
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
-
-
-def sgd(parameters: Iterable[Tensor], lr: float | Tensor, fl: FL) -> torch.optim.SGD:
-    """The optimiser of local training; an lr that is a tensor may change between steps."""
-    return torch.optim.SGD(
-        parameters, lr, momentum=fl.momentum, weight_decay=fl.weight_decay, fused=True
-    )
 
 
 def capture_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
@@ -72,7 +66,7 @@ class GraphedStep:
             self.optimizer.zero_grad()
             forward = forward_tasks(net, self._batch)
             at_features = forward.backward_decoders()
-            forward.features.backward(backward_sum(at_features, scale))
+            forward.features.backward(gradient_at_features(at_features, scale))
             self.optimizer.step()
             return forward.losses.detach()
 
@@ -113,20 +107,28 @@ class GraphedStep:
         return self._losses.clone()
 
 
-def graphed_step(net: MultiTaskNet, batch: Batch, fl: FL, scale: float) -> GraphedStep | None:
-    """The network's captured step for batches of this shape, captured at the first call.
+class CapturedSteps:
+    """The captured steps of networks by the shape of their batches; handed to `local_update`.
 
-    None where it does not pay (no GPU, large batches, FedProx and GradNorm, whose steps do more)
-    and, with a warning, where capturing fails.
+    Called as (net, batch, fl, scale). None where capturing does not pay (no GPU, large batches)
+    and, with a warning, where it fails.
     """
-    shape = batch.image.shape
-    if not batch.image.is_cuda or fl.method != "fedavg" or shape[0] * shape[-1] ** 2 > PIXELS:
-        return None
-    key = (*shape, fl.momentum, fl.weight_decay, scale)
-    if key not in net.graphed_steps:
-        try:
-            net.graphed_steps[key] = GraphedStep(net, batch, fl, scale)
-        except Exception as error:  # what a driver, card or version cannot capture
-            warnings.warn(f"training without a CUDA graph: {error}", stacklevel=2)
-            net.graphed_steps[key] = None
-    return net.graphed_steps[key]
+
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[MultiTaskNet, dict] = WeakKeyDictionary()
+
+    def __call__(
+        self, net: MultiTaskNet, batch: Batch, fl: FL, scale: float
+    ) -> GraphedStep | None:
+        shape = batch.image.shape
+        if not batch.image.is_cuda or shape[0] * shape[-1] ** 2 > PIXELS:
+            return None
+        known = self._of.setdefault(net, {})
+        key = (*shape, fl.momentum, fl.weight_decay, scale)
+        if key not in known:
+            try:
+                known[key] = GraphedStep(net, batch, fl, scale)
+            except Exception as error:  # what a driver, card or version cannot capture
+                warnings.warn(f"training without a CUDA graph: {error}", stacklevel=2)
+                known[key] = None
+        return known[key]

@@ -27,10 +27,12 @@ from typing import Any
 
 import torch
 
-from ..config import Trajectory, UserError
-from ..federated import is_done, train
+from ..config import UserError
 from ..methods import Need
 from ..records.store import Store
+from ..records.training import is_done, train
+from ..records.trajectory import Trajectory
+from .cuda_graph import CapturedSteps
 
 
 class EngineError(RuntimeError):
@@ -61,7 +63,8 @@ def train_job(
     """One trajectory in whatever process this is; everything it takes can be sent anywhere."""
     if threads:
         torch.set_num_threads(threads)
-    train(trajectory, until, Store(results, preset), Path(data_folder), device)
+    store = Store(results, preset)
+    train(trajectory, until, store, Path(data_folder), device, capture=CapturedSteps())
 
 
 def choose_device(name: str | None = None) -> str:

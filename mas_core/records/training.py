@@ -1,0 +1,272 @@
+"""Training a trajectory to a round: resume, validate, keep checkpoints, test, record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import models
+from ..config import UserError, outside
+from ..data.clients import open_clients
+from ..federated import Clients, Round, check_finite, load_state, run_round, state_device
+from ..local import sgd
+from ..models import MultiTaskNet, State, restrict_state
+from ..rules.fedavg import rule_of
+from .cost import Meter, device_clock, device_name, peak_memory_bytes
+from .evaluate import constant_losses, evaluate
+from .store import Store, provenance
+from .trajectory import Trajectory
+
+KEPT = 10  # states kept on the way of trajectories that others may start from
+
+
+def train(
+    trajectory: Trajectory,
+    until: int,
+    store: Store,
+    data_folder: Path,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda round_: None,
+    capture: Callable | None = None,
+) -> None:
+    """Bring a trajectory to round `until` (all of them: also test it) and record it in `store`.
+
+    Does nothing where the record reaches that far. Otherwise it continues from the last
+    checkpoint, bit-identical to a run that was never interrupted, or from its start. `progress`
+    is called with the number of rounds done after each round, `capture` is handed to
+    `local_update`. Raises TrainingDiverged at a loss that is not finite; the rounds before it stay
+    on record.
+    """
+    R, device = trajectory.fl.rounds, torch.device(device)
+    if not trajectory.start_round <= until <= R:
+        raise UserError(f"round {until} asked for; allowed: {trajectory.start_round} to {R}")
+    with store.lock(trajectory):
+        if is_done(trajectory, until, store):
+            progress(until)
+            return
+        run = _resume(trajectory, store, data_folder, device)
+        sgd(run.net.parameters(), 0.0, trajectory.fl)  # the first one imports for a second
+        progress(run.done)
+        for r in range(run.done, until):
+            with run.meter:
+                run.state, made = run_round(
+                    run.net, run.state, trajectory, r, run.data, capture, run.clock
+                )
+            _record(run, made, store, last=r + 1 == until)
+            progress(r + 1)
+        if until == R:
+            store.write_result(trajectory, _result(run, store))
+
+
+@dataclass
+class _Run:
+    """A trajectory in training: what a round needs and what it has left behind."""
+
+    trajectory: Trajectory
+    net: MultiTaskNet
+    data: Clients
+    state: State
+    done: int  # rounds
+    device: torch.device
+    meter: Meter
+    rows: list[dict[str, Any]]  # of rounds.csv
+    affinity_rows: list[dict[str, Any]]
+    best: float = field(default=float("inf"))  # the lowest summed validation loss so far
+
+    def clock(self) -> float:
+        """Device seconds, the device's queue emptied, so that an interval holds its own work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return device_clock(self.device)
+
+
+def _resume(trajectory: Trajectory, store: Store, data_folder: Path, device: torch.device) -> _Run:
+    """The run as its last checkpoint left it, or at its start."""
+    data = open_clients(trajectory.data, data_folder, trajectory.tasks)
+    net = build(trajectory).to(device, memory_format=torch.channels_last)
+    last = store.checkpoint_path(trajectory, "last")
+    if last.exists():
+        state, done = store.load_checkpoint(trajectory, last, net.state_dict(), data.fingerprint)
+        state = {name: tensor.to(device) for name, tensor in state.items()}
+    else:
+        state, done = start_state(trajectory, net, store, data_folder), trajectory.start_round
+    rows = store.read_rows(trajectory, "rounds.csv", done)
+    affinity_rows = store.read_rows(trajectory, "affinity.csv", done)
+    if len(rows) < done - trajectory.start_round:
+        raise UserError(
+            f"{store.folder(trajectory)} lacks rounds that its checkpoint has; "
+            "restore rounds.csv, or delete the folder to train anew"
+        )
+    due = min(done, trajectory.fl.measure_rounds) - trajectory.start_round
+    measures = rule_of(trajectory.fl).measures and len(net.tasks) > 1
+    if measures and len(affinity_rows) < due * trajectory.fl.clients_per_round:
+        raise UserError(
+            f"{store.folder(trajectory)} lacks affinities of rounds that its checkpoint has; "
+            "restore affinity.csv, or delete the folder to train anew"
+        )
+    store.write_config(trajectory)
+    where = {"device": device_name(device), "threads": torch.get_num_threads(), **provenance()}
+    store.write_machines(trajectory, done, where)
+    best = _best(rows, net.tasks)
+    return _Run(
+        trajectory, net, data, state, done, device, Meter(device), rows, affinity_rows, best
+    )
+
+
+def _record(run: _Run, made: Round, store: Store, last: bool) -> None:
+    """Validate where it is due, and write what a round has left behind.
+
+    Affinities are written before the rounds, the checkpoint after both: a record never tells of a
+    round whose affinities it lacks, and a kill at any point costs what is after the checkpoint.
+    """
+    trajectory, tasks, done = run.trajectory, run.net.tasks, made.round + 1
+    R, fl, fingerprint = trajectory.fl.rounds, trajectory.fl, run.data.fingerprint
+    validated = done % fl.evaluate_every == 0 or done == R
+    losses: dict[str, float] = {}
+    if validated:
+        load_state(run.net, run.state)
+        losses = evaluate(run.net, run.data.evaluation("val", tasks, 64, run.device))
+        check_finite(losses.values(), tasks, "validation", made.round, made.lr)
+    run.rows.append(_round_row(made, tasks, run.meter.lap(), losses))
+    if validated and _best(run.rows[-1:], tasks) < run.best:
+        run.best = _best(run.rows[-1:], tasks)
+        store.save_checkpoint(trajectory, "best", run.state, done, fingerprint)
+    run.affinity_rows += _affinity_rows(made, tasks)
+    if run.affinity_rows:
+        store.write_affinities(trajectory, run.affinity_rows)
+    store.write_rounds(trajectory, run.rows)
+    if last or (fl.measure_rounds and done % max(1, R // KEPT) == 0):
+        store.save_checkpoint(trajectory, f"round_{done:04d}", run.state, done, fingerprint)
+    store.save_checkpoint(trajectory, "last", run.state, done, fingerprint)
+
+
+def _round_row(
+    made: Round, tasks: str, lap: tuple[float, float | None], losses: dict[str, float]
+) -> dict[str, Any]:
+    """A round as a row of rounds.csv."""
+    seconds, joules = lap
+    return {
+        "round": made.round,
+        "clients": " ".join(map(str, made.clients)),
+        "lr": f"{made.lr:.8g}",
+        "samples": made.samples,
+        **{f"train_{a}": f"{x:.6g}" for a, x in zip(tasks, made.losses, strict=True)},
+        "affinity_seconds": f"{made.affinity_seconds:.3f}",
+        "bytes_down": made.bytes_down,
+        "bytes_up": made.bytes_up,
+        **{name: f"{x:.6g}" for name, x in made.reported.items()},
+        "seconds": f"{seconds:.3f}",
+        "joules": "" if joules is None else f"{joules:.1f}",
+        **{f"val_{a}": f"{losses[a]:.9g}" if losses else "" for a in tasks},
+    }
+
+
+def _affinity_rows(made: Round, tasks: str) -> list[dict[str, Any]]:
+    """A round's affinities as rows of affinity.csv, one a client."""
+    if made.affinity is None:
+        return []
+    return [
+        {"round": made.round, "client": k, "measurements": count}
+        | {
+            f"{i}>{j}": "" if i == j else f"{value:.6g}"
+            for i, values in zip(tasks, S.tolist(), strict=True)
+            for j, value in zip(tasks, values, strict=True)
+        }
+        for k, count, S in zip(made.clients, made.measurements, made.affinity, strict=True)
+    ]
+
+
+def is_done(trajectory: Trajectory, until: int, store: Store) -> bool:
+    """Whether the record reaches round `until` (the last one: whether it is tested, too)."""
+    store.check(trajectory)
+    if store.result(trajectory) is not None:
+        return True
+    return until < trajectory.fl.rounds and store.rounds_done(trajectory) >= until
+
+
+def build(trajectory: Trajectory) -> MultiTaskNet:
+    """The trajectory's network with its seed's initial weights."""
+    table = outside(trajectory.data.tasks)
+    return models.build(trajectory.tasks, trajectory.model, trajectory.seed, table)
+
+
+def start_state(
+    trajectory: Trajectory, net: MultiTaskNet, store: Store, data_folder: Path
+) -> State:
+    """The state a trajectory starts from: initial weights, or its parent's at the start round."""
+    device = state_device(net)
+    if trajectory.parent is None:
+        state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        return state | rule_of(trajectory.fl).start(net, trajectory.fl)
+    whole = state_at(trajectory.parent, trajectory.start_round, store, data_folder, device)
+    return restrict_state(whole, trajectory.tasks)
+
+
+def state_at(
+    trajectory: Trajectory, round_: int, store: Store, data_folder: Path, device: torch.device
+) -> State:
+    """The state after `round_` rounds: a kept one, or trained again from the nearest one before.
+
+    Training is deterministic, so a record whose checkpoints are not at hand can still be branched
+    from; its files are left alone.
+    """
+    data = open_clients(trajectory.data, data_folder, trajectory.tasks)
+    net = build(trajectory).to(device, memory_format=torch.channels_last)
+    kept = store.checkpoints(trajectory)
+    nearest = max((r for r in kept if r <= round_), default=None)
+    if nearest is None:
+        state, nearest = start_state(trajectory, net, store, data_folder), trajectory.start_round
+    else:
+        state, _ = store.load_checkpoint(
+            trajectory, kept[nearest], net.state_dict(), data.fingerprint
+        )
+        state = {name: tensor.to(device) for name, tensor in state.items()}
+    for r in range(nearest, round_):
+        state, _ = run_round(net, state, trajectory, r, data)
+    return state
+
+
+def _result(run: _Run, store: Store) -> dict[str, Any]:
+    """Test losses of the last round's model and of the one with the least validation loss."""
+    trajectory, net, data, device = run.trajectory, run.net, run.data, run.device
+
+    def test(client: int | None = None) -> dict[str, float]:
+        return evaluate(net, data.evaluation("test", net.tasks, 64, device, client))
+
+    load_state(net, run.state)
+    last = test()
+    path = store.checkpoint_path(trajectory, "best")
+    best_state, best_round = store.load_checkpoint(trajectory, path, run.state, data.fingerprint)
+    load_state(net, {name: tensor.to(device) for name, tensor in best_state.items()})
+    counts = [data.count(k, "test") for k in range(len(data.names))]
+    of_clients = [test(k) if n else dict.fromkeys(net.tasks) for k, n in enumerate(counts)]
+    machines = store.machines(trajectory)
+    return {
+        "trajectory": trajectory.id,
+        "rounds": trajectory.fl.rounds,
+        "test_last": last,
+        "test_best": test(),
+        "best_round": best_round,
+        "test_best_clients": {
+            a: [x[a] and float(f"{x[a]:.6g}") for x in of_clients] for a in net.tasks
+        },
+        "test_constant": constant_losses(data, net.tasks, device),
+        "test_images": sum(counts),
+        "data": data.images,
+        "energy_source": run.meter.how,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        **provenance(),
+        "devices": sorted({machine["device"] for machine in machines}),
+    }
+
+
+def _best(rows: list[dict[str, Any]], tasks: str) -> float:
+    """The lowest summed validation loss so far."""
+    sums = [sum(float(r[f"val_{a}"]) for a in tasks) for r in rows if r[f"val_{tasks[0]}"]]
+    return min(sums, default=float("inf"))
