@@ -14,11 +14,11 @@ import pytest
 
 import mas_core as mas
 from mas_core.config import FL, Data, Model, UserError
-from mas_core.federated import train
 from mas_core.methods import all_in_one, merge_and_split, one_by_one
 from mas_core.paper import experiments
 from mas_core.paper import tables as paper
 from mas_core.records import tables
+from mas_core.records.training import train
 from mas_core.run.engine import run
 from mas_core.tasks import TASKS
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..methods import MethodResult
 from ..records.store import Store, open_store
+from ..records.study import MethodResult
 from ..records.tables import results_folder, seeds_on_record
 from ..tasks import TASKS
 from .experiments import Experiment, Key, ask
