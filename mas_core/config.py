@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from dataclasses import field, fields, replace
 from importlib import import_module
@@ -149,6 +150,16 @@ class FL:
             raise UserError("clients=(): name at least one client, or None for all")
         if self.clients and len(set(self.clients)) < len(self.clients):
             raise UserError(f"clients={self.clients}: a client is named twice")
+
+    def rate(self, round_: int, begin: int = 0) -> float:
+        """The learning rate of a round, of a schedule that begins at round `begin`.
+
+        eta (1 - r/R)^0.9 (MAS, section 4.1), or eta (1 + cos(pi r/R)) / 2.
+        """
+        done = (round_ - begin) / (self.rounds - begin)
+        if self.lr_schedule == "cosine":
+            return self.lr * (1.0 + math.cos(math.pi * done)) / 2.0
+        return self.lr * (1.0 - done) ** self.lr_power
 
     def option(self, name: str, default: float) -> float:
         """A number of the method, from `options`."""

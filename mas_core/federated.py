@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -73,14 +72,6 @@ class Round:
     bytes_down: int
     bytes_up: int
     reported: dict[str, float]  # what the method records
-
-
-def learning_rate(fl: FL, round_: int, begin: int = 0) -> float:
-    """eta (1 - r/R)^0.9 (MAS, section 4.1), or eta (1 + cos(pi r/R)) / 2, from round `begin` on."""
-    done = (round_ - begin) / (fl.rounds - begin)
-    if fl.lr_schedule == "cosine":
-        return fl.lr * (1.0 + math.cos(math.pi * done)) / 2.0
-    return fl.lr * (1.0 - done) ** fl.lr_power
 
 
 def select_clients(training: Training, num_clients: int, round_: int) -> list[int]:

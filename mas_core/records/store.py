@@ -32,24 +32,14 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import numpy as np
 import pandas as pd
-<<<<<<< HEAD
-=======
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
->>>>>>> 4fb7f68 (The method stands apart: a rule is one file, a round gives numbers, recipes know no records)
 
 from ..config import FL, Data, Model, UserError
-from ..models import State
 from .tables import BESIDE, results_folder
 from .trajectory import Trajectory
 
-<<<<<<< HEAD
 if TYPE_CHECKING:
-    from torch import Tensor
-State = dict[str, "Tensor"]  # PyTorch is imported where checkpoints are: `mas status` needs none
-=======
->>>>>>> 4fb7f68 (The method stands apart: a rule is one file, a round gives numbers, recipes know no records)
+    from ..models import State  # PyTorch is imported where checkpoints are: `mas status` needs none
+
 _REMEDY = "restore it, or delete its folder to train anew"
 
 

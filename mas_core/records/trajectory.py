@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 from ..config import FL, Data, Model
-from ..federated import learning_rate
 
 
 @dataclass(frozen=True)
@@ -67,4 +66,4 @@ class Trajectory:
 
     def lr(self, round_: int) -> float:
         """The learning rate of a round, counted from the start of the schedule."""
-        return learning_rate(self.fl, round_, self.lr_from)
+        return self.fl.rate(round_, self.lr_from)
