@@ -26,7 +26,7 @@ DEPTH_DOMAIN = "depth_zbuffer"  # also gives the mask of every task
 TASK_SETS = ("sdnkt", "erckt", "sdnkterca")
 
 
-def _cross_entropy(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def cross_entropy(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean over labelled pixels; 0 where a batch has none (a mean over nothing would be NaN)."""
     total = F.cross_entropy(output, target, ignore_index=0, reduction="sum")
     return total / (target > 0).sum().clamp(min=1)
@@ -38,7 +38,7 @@ def _masked_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return error / mask.sum((1, 2, 3)).clamp(min=1)
 
 
-def _rotation_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def rotation_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Masked L1, for each image the least over the nine shifts of the output by one pixel at most.
 
     The best shift is found without autograd; then the target is moved under the output, so that
@@ -67,11 +67,11 @@ def _rotation_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return _masked_l1(output, target, mask).mean()
 
 
-def _l1_invalid_zero(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def l1_invalid_zero(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return ((output - target).abs() * mask).mean()
 
 
-def _l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (output - target).abs().mean()
 
 
@@ -87,7 +87,7 @@ class Task:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     divisor: float = 1.0
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _l1
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] = l1
     flip_signs: tuple[float, ...] | None = None  # signs of the channels under a horizontal flip
     masked: bool = False  # only pixels of valid depth count
     classes: bool = False  # the stored values are class ids, 0 = unlabelled; `channels` classes
@@ -128,19 +128,19 @@ class TaskTable(dict[str, Task]):
 
 TASKS = TaskTable(
     Task("s", "semantic segmentation", "segment_semantic", "uint8", NUM_CLASSES,
-         loss=_cross_entropy, classes=True),
-    Task("d", "depth", DEPTH_DOMAIN, "uint16", 1, (1500.0,), (1000.0,), loss=_rotation_l1,
+         loss=cross_entropy, classes=True),
+    Task("d", "depth", DEPTH_DOMAIN, "uint16", 1, (1500.0,), (1000.0,), loss=rotation_l1,
          masked=True),
     Task("n", "surface normals", "normal", "uint8x3", 3, (0.5,), (0.5,), 255.0,
-         loss=_rotation_l1, flip_signs=(-1.0, 1.0, 1.0), masked=True),
+         loss=rotation_l1, flip_signs=(-1.0, 1.0, 1.0), masked=True),
     Task("k", "keypoints", "keypoints2d", "uint16", 1, (50.0,), (100.0,)),
     Task("t", "edge texture", "edge_texture", "uint16", 1, (718.0,), (1070.0,)),
     Task("e", "edge occlusion", "edge_occlusion", "uint16", 1, (56.0248,), (239.1265,),
-         loss=_l1_invalid_zero, masked=True),
+         loss=l1_invalid_zero, masked=True),
     Task("r", "reshading", "reshading", "uint8x3", 1, (0.4962,), (0.2846,), 255.0,
-         loss=_l1_invalid_zero, masked=True),
+         loss=l1_invalid_zero, masked=True),
     Task("c", "principal curvature", "principal_curvature", "uint8x3", 2, (0.5175, 0.4987),
-         (0.1373, 0.0359), 255.0, loss=_l1_invalid_zero, masked=True),
+         (0.1373, 0.0359), 255.0, loss=l1_invalid_zero, masked=True),
     Task("a", "auto-encoder", "rgb", "uint8x3", 3, divisor=255.0),
 )  # fmt: skip
 

@@ -191,6 +191,43 @@ def ablation(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
     return recipes
 
 
+def controls(
+    store: Store, seed: int, overrides: dict[str, Any], task_sets: Iterable[str] = TASK_SETS
+) -> Recipes:
+    """MAS taken apart: schedule, merge and split, each against its control at equal rounds.
+
+    "restarted" networks start their schedule anew at R0 as MAS's do after the split; "continued"
+    ones of MAS do not. MAS-1 is merged and restarted, never split; MAS-n splits every task off.
+    """
+    recipes: Recipes = {}
+    for tasks in task_sets:
+        s = study(store, tasks, seed, overrides)
+        again = study(store, tasks, seed, overrides | {"mas.lr_schedule": "continue"})
+        made = {
+            "one-by-one": methods.one_by_one(s),
+            "all-in-one": methods.all_in_one(s),
+            "one-by-one restarted": methods.restarted(s, list(tasks), "one-by-one restarted"),
+            "MAS-1": methods.restarted(s, [tasks], "MAS-1"),
+        }
+        for x in range(2, len(tasks) + 1) if len(tasks) <= 5 else (2, 3):
+            made[f"MAS-{x}"] = methods.merge_and_split(s, x)
+            made[f"MAS-{x} continued"] = methods.merge_and_split(again, x)
+        recipes |= {(name, tasks, seed): recipe for name, recipe in made.items()}
+    return recipes
+
+
+def every_split(
+    store: Store, seed: int, overrides: dict[str, Any], task_sets: Iterable[str] = TASK_SETS[:2]
+) -> Recipes:
+    """All partitions into two and three groups, initialised: what a random split would give."""
+    recipes: Recipes = {}
+    for tasks in task_sets:
+        s = study(store, tasks, seed, overrides)
+        for x in (2, 3):
+            recipes[f"initialised-{x}", tasks, seed] = methods.every_partition(s, x, True)
+    return recipes
+
+
 def _comparison(s: Study, splits: range, with_hoa: bool) -> Recipes:
     recipes: Recipes = {
         ("one-by-one", s.tasks, s.seed): methods.one_by_one(s),
