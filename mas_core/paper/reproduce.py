@@ -41,6 +41,7 @@ NOTEBOOKS: dict[str, tuple[x.Experiment, ...]] = {
     "supplement_figure_3_validation": (x.supplement_figure_3,),
     "ablation_schedule_gradient": (x.ablation,),
     "what_makes_it_work": (x.controls, x.every_split),
+    "your_own_tasks": (),
     "claims": (x.figure_5, x.figure_6, x.figure_7, x.figure_8, x.figure_9, x.figure_10, x.table_1,
                x.table_2),
 }  # fmt: skip
