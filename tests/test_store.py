@@ -23,7 +23,7 @@ from mas_core import training
 from mas_core.config import UserError
 from mas_core.data.clients import prepare
 from mas_core.records.store import Store, open_store
-from mas_core.records.training import train
+from mas_core.records.training import is_done, train
 
 VARY = {"seconds", "joules", "affinity_seconds"}  # what a repeated run may record otherwise
 VARY_RESULT = {"energy_source", "peak_memory_bytes", "git_dirty", "git_revision"}
@@ -208,6 +208,38 @@ def test_killed_before_any_of_its_files_appears_a_run_ends_the_same(
         train(short, 2, store, folder)
         assert_as_whole(store, short, whole)
     assert at > 10 and left == at - 1  # config, two tables, three checkpoints a round, result
+
+
+def test_killed_on_the_way_to_a_split_no_affinity_is_missing(
+    trajectory, folder, tmp_path, monkeypatch
+):
+    """Asked to round 2 of 4: whatever file a kill comes before, a record that counts as done at a
+    round holds the affinities of all rounds up to there."""
+    replace_file, done_early = os.replace, 0
+    for at in range(1, 100):
+        store, calls = Store(tmp_path / str(at), "small"), 0
+
+        def counted(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == at:  # noqa: B023
+                raise Killed
+            replace_file(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module.os, "replace", counted)
+            try:
+                train(trajectory, 2, store, folder)
+                break
+            except Killed:
+                pass
+        for done in (1, 2):
+            if is_done(trajectory, done, store):
+                done_early += 1
+                assert store.affinities(trajectory).rounds.tolist()[:done] == list(range(done))
+        train(trajectory, 2, store, folder)
+        assert store.affinities(trajectory).rounds.tolist() == [0, 1]
+    assert 8 < at < 99 and done_early > 4
 
 
 def test_killed_at_random_moments_again_and_again_a_run_ends_the_same(
