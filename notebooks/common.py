@@ -42,6 +42,11 @@ def paper(name):
     )
 
 
+def published(name):
+    """A table of results/published: what others measured on Taskonomy."""
+    return pd.read_csv(Path(__file__).resolve().parent.parent / "results" / "published" / f"{name}.csv")
+
+
 def load(experiment, notebook, preset, seeds, results, data=None, train_missing=False, overrides={}):
     """The store, and what is on record of an experiment; prints the command that trains the rest."""
     store = mas.open_store(preset, results)

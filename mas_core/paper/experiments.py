@@ -8,6 +8,7 @@ varied setting behind it where there is one: ("MAS-2 R0=30", "sdnkt", 0).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import combinations
 from typing import Any
 
 from .. import methods
@@ -225,6 +226,16 @@ def every_split(
         s = study(store, tasks, seed, overrides)
         for x in (2, 3):
             recipes[f"initialised-{x}", tasks, seed] = methods.every_partition(s, x, True)
+    return recipes
+
+
+def published_taskonomy(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+    """What stands beside others' Taskonomy numbers: all-in-one, single tasks and pairs of sdnkt."""
+    recipes = _all_in_one(store, ("sdnkt",), seed, overrides)
+    for size, name in ((1, "one-by-one"), (2, "all-in-one")):
+        for group in map("".join, combinations("sdnkt", size)):
+            alone = study(store, group, seed, overrides).unmeasured()
+            recipes[name, group, seed] = methods.all_in_one(alone)
     return recipes
 
 

@@ -42,6 +42,7 @@ NOTEBOOKS: dict[str, tuple[x.Experiment, ...]] = {
     "ablation_schedule_gradient": (x.ablation,),
     "what_makes_it_work": (x.controls, x.every_split),
     "your_own_tasks": (),
+    "published_taskonomy": (x.published_taskonomy, x.figure_7),
     "claims": (x.figure_5, x.figure_6, x.figure_7, x.figure_8, x.figure_9, x.figure_10, x.table_1,
                x.table_2),
 }  # fmt: skip
