@@ -46,7 +46,9 @@ class Pngs(Dataset):
 def measure(quick: bool, folder: Path) -> list[Row]:
     size, views, batch_size, epochs = (32, 12, 4, 1) if quick else (256, 160, 32, 3)
     config = Data(size=size, buildings=1, views=views)
-    rooms = ensure_rooms(config, folder / f"rooms-1-{size}px", 1 if quick else None, False)
+    rooms = folder / f"rooms-1-{size}px"
+    rooms.mkdir(exist_ok=True)
+    ensure_rooms(config, rooms, 1 if quick else None, progress=False)
     mapped = open_data(config, rooms, TASKS, cache_bytes=0)
     cached = open_data(config, rooms, TASKS)
     images = mapped.count(0, "train") // batch_size * batch_size * epochs

@@ -13,4 +13,5 @@ def prepared(quick: bool, folder: Path, tasks: str = "sdnkt") -> tuple[Settings,
     chosen = settings("smoke" if quick else "small", tasks,
                       {"fl.measure_rounds": 0} | (QUICK if quick else {}))  # fmt: skip
     rooms = folder / f"rooms-{chosen.data.buildings}"
+    rooms.mkdir(exist_ok=True)
     return chosen, ensure_rooms(chosen.data, rooms, 1 if quick else None, progress=False)

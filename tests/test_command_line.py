@@ -76,7 +76,7 @@ def messages(err):
         (["reproduce", "figure_05_sdnkt", "-p", "lr=1"], "no parameter lr; allowed: preset, seeds"),
         (["reproduce", "figure_05_sdnkt", "-p", "seeds=1"], r"seeds=1 .*allowed: list, as in \[0"),
         (["reproduce", "figure_05_sdnkt", "-p", "seeds"], "write NAME=VALUE"),
-        (["render", "--out", "out", "--size", "4"], "size must be .* at least 16, not 4"),
+        (["render", "--out", "out", "--size", "4"], "size must be .* 16 to 1024, not 4"),
         (["render", "--out", "out", "--heterogeneity", "2"], r"lie in \[0, 1\], not 2"),
         (["prepare", "--root", "nowhere"], "nowhere does not exist"),
     ],

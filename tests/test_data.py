@@ -11,8 +11,9 @@ from PIL import Image
 from test_taskonomy import SIZE, config, encoded, png, quietly, times, write
 
 from mas_core.config import Data, UserError, stream
-from mas_core.data.clients import ensure_rooms, open_data, split_indices
-from mas_core.tasks import decode_batch, domains_of
+from mas_core.data.clients import ensure_rooms, open_clients, open_data, split_indices
+from mas_core.data.taskonomy import open_array, read_record
+from mas_core.tasks import Task, TaskTable, decode_batch, domains_of
 
 ALL = "sdnkterca"
 NO_CACHE, CACHE = 0, 2**30
@@ -240,7 +241,7 @@ def test_open_says_what_is_wrong(three, tmp_path):
         open_data(config(1), root, "dk")
     array = root / f"prepared/{SIZE}px/b/normal.npy"
     array.write_bytes(array.read_bytes()[:-1])
-    with pytest.raises(UserError, match="b is damaged, mas prepare repairs it"):
+    with pytest.raises(UserError, match="b/normal.npy is damaged .*; mas prepare repairs it"):
         open_data(config(1), root, "dn")
     tiny = write(tmp_path / "tiny", {"b": 2})
     quietly(tiny)
@@ -248,8 +249,104 @@ def test_open_says_what_is_wrong(three, tmp_path):
         open_data(config(1), tiny, "sd")
 
 
+DAMAGES = [b"", b"{", b"[1]", b"3", b'"a"', b"\xff\xfe", b"[" * 9999, None]
+FILES = ("b/views.json", "summary.json", "b/rgb.npy")
+DAMAGED = [(file, content) for file in FILES for content in DAMAGES]
+DAMAGED += [
+    ("b/rgb.npy", b"PK\x03\x04"),
+    ("b/rgb.npy", b"\x93NUMPY\x01\x00\x10\x00{'a': (1\n" + b" " * 9),
+    ("b/views.json", b'{"views": [[1, 99999999999999999999]]}'),
+    ("summary.json", b'{"buildings": [1]}'),
+]
+
+
+@pytest.mark.parametrize("file, content", DAMAGED)
+def test_a_damaged_file_is_named_and_prepare_mends_it(tmp_path, file, content):
+    root = write(tmp_path, {"b": 3}, views=1)
+    fingerprint = open_data(config(1), quietly(root).folder, "sd").fingerprint
+    path = root / f"prepared/{SIZE}px" / file
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    missing = file == "summary.json" and content is None
+    told = "is not prepared at .*; run: mas prep" if missing else f"{file} is damaged .*; mas prep"
+    with pytest.raises(UserError, match=rf"\A.*{told}.*\Z"):  # in one line
+        open_data(config(1), root, "sd")
+    assert quietly(root).rebuilt == (("b",) if file.startswith("b") else ())
+    assert open_data(config(1), root, "sd").fingerprint == fingerprint
+
+
+def test_a_flipped_bit_is_found_once_a_process_and_prepare_mends_it(three, tmp_path, monkeypatch):
+    root = shutil.copytree(three, tmp_path / "copy")
+    path = root / f"prepared/{SIZE}px/bob/depth_zbuffer.npy"
+    flipped = bytearray(path.read_bytes())
+    flipped[-7] ^= 4
+    path.write_bytes(flipped)
+    with pytest.raises(UserError, match="bob/depth_zbuffer.npy is damaged .its values are not"):
+        open_data(config(), root, "d")
+    assert open_data(config(1), root, "d").names == ["ann"]
+    assert quietly(root).rebuilt == ("bob",)
+    expected = open_data(config(), three, "d").fingerprint
+    assert open_data(config(), root, "d").fingerprint == expected
+    monkeypatch.setattr("mas_core.data.taskonomy.hashlib", None)
+    for _ in range(2):  # verified before: no array is hashed again
+        open_array(path.parent, "depth_zbuffer", read_record(path.parent), SIZE, "uint16")
+
+
+GRAY = TaskTable(  # 8-bit gray values, and five classes, in one encoding
+    Task("g", "brightness", "bright", "uint8", 1, divisor=255.0),
+    Task("p", "parts", "parts", "uint8", 5, classes=True),
+    mask=None,
+)
+
+
+def test_another_table_of_tasks(tmp_path):
+    rng = stream(0, "gray")
+    stored = {
+        "rgb": rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8),
+        "bright": rng.integers(0, 256, (3, 32, 32), dtype=np.uint8),
+        "parts": rng.integers(0, 5, (3, 32, 32), dtype=np.uint8),
+    }
+    for domain, images in stored.items():
+        (tmp_path / domain / "b").mkdir(parents=True)
+        for point, image in enumerate(images):
+            Image.fromarray(image).save(png(tmp_path, domain, point))
+    quietly(tmp_path, table=GRAY)
+    assert quietly(tmp_path, table=GRAY).rebuilt == ()
+    data = open_data(config(1, tasks=f"{__name__}:GRAY"), tmp_path, "gp")
+    (batch,) = data.evaluation("test", "gp", 4, "cpu")
+    row = int(data.views["test"][0, 1])
+    assert batch.mask.all() and batch.table is GRAY
+    blocks = stored["bright"][row].reshape(16, 2, 16, 2).sum((1, 3), dtype=int)
+    gray = torch.from_numpy((blocks + 2) // 4)
+    assert torch.equal((batch.targets["g"][0, 0] * 255).round().long(), gray)
+    nearest = torch.from_numpy(stored["parts"][row][1::2, 1::2]).long()
+    assert torch.equal(batch.targets["p"][0], nearest)
+    Image.fromarray(np.full((32, 32), 5, np.uint8)).save(png(tmp_path, "parts", 1))
+    with pytest.raises(UserError, match="class id 5, allowed: 0 to 4"):
+        quietly(tmp_path, table=GRAY)
+    Image.fromarray(stored["parts"][1]).save(png(tmp_path, "parts", 1))
+    regression = TaskTable(Task("p", "parts", "parts", "uint8", 1), mask=None)
+    assert quietly(tmp_path, domains=["rgb", "parts"], table=regression).rebuilt == ("b",)
+
+
+def own_source(data, folder, letters):
+    return data, folder, letters
+
+
+def test_a_source_outside_the_package_is_called(three):
+    outside = Data(source=f"{__name__}:own_source", size=SIZE)
+    assert open_clients(outside, "here", "dn") == (outside, "here", "dn")
+    assert ensure_rooms(outside, three) == three
+    assert open_clients(config(), three, "sd").names == ["ann", "bob", "cat"]
+
+
 def test_rooms_are_rendered_and_prepared_once(tmp_path):
     rooms = Data(size=16, buildings=2, views=3, render_seed=5)
+    with pytest.raises(UserError, match="not exist.*mas render --out .*rooms --buildings 2 .*16"):
+        ensure_rooms(rooms, tmp_path / "rooms", workers=1, progress=False)
+    assert not (tmp_path / "rooms").exists()
+    (tmp_path / "rooms").mkdir()
     folder = ensure_rooms(rooms, tmp_path / "rooms", workers=1, progress=False)
     before = times(folder)
     data = open_data(rooms, folder, ALL)
@@ -262,6 +359,10 @@ def test_rooms_are_rendered_and_prepared_once(tmp_path):
     record.write_text(text.replace('"renderer_version": ', '"renderer_version": 1'))
     with pytest.raises(UserError, match="rendered with renderer_version=1"):
         ensure_rooms(rooms, folder, progress=False)
+    for damaged in (b"", text[:40].encode(), b"[1]", b'{"size": "16"}', b"\xff{}", b"[" * 9999):
+        record.write_bytes(damaged)
+        with pytest.raises(UserError, match="rooms.json is damaged .*; delete .*rooms, the same"):
+            ensure_rooms(rooms, folder, progress=False)
     record.unlink()
     for place in (folder, folder / "prepared" / "16px"):
         with pytest.raises(UserError, match="has no rooms.json.*data.source=taskonomy"):

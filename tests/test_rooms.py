@@ -1,6 +1,7 @@
 """The rooms: exact geometry, encodings, statistics, determinism and restart."""
 
 import ast
+import errno
 import json
 import math
 import subprocess
@@ -419,10 +420,27 @@ def test_folders_of_anything_else_are_refused(rendered, tmp_path):
     with pytest.raises(ValueError, match="not rendered here"):
         render_rooms(tmp_path, buildings=1, views=1, size=32, progress=False)
     for wrong in ({"buildings": 0}, {"views": 0}, {"size": 8}, {"workers": 0},
-                  {"heterogeneity": -0.1}):  # fmt: skip
+                  {"heterogeneity": -0.1}, {"buildings": 1001}, {"views": 10**12},
+                  {"views": math.inf}, {"size": 100_000}, {"size": 16.5}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             render_rooms(tmp_path / "new", **{"buildings": 1, "views": 1, "size": 32, **wrong})
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"size": 3', b"[]", b"null", b'{"size": "a"}', b"\xff"])
+def test_damaged_parameters_are_told(tmp_path, damage):
+    (tmp_path / "rooms.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"\A.*rooms.json is damaged .*; delete .*\Z"):
+        render_rooms(tmp_path, buildings=1, views=1, size=16, workers=1, progress=False)
+
+
+def test_a_full_disk_is_told_with_its_path(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left on device: '.*point_0.*png'"):
+        render_rooms(tmp_path, buildings=1, views=1, size=16, workers=1, progress=False)
 
 
 def test_no_arithmetic_that_differs_between_processors():

@@ -1,5 +1,6 @@
 """Reading Taskonomy folders and preparing them."""
 
+import errno
 import json
 import os
 import shutil
@@ -219,8 +220,67 @@ def test_the_error_lists_ten_files_and_the_count(tmp_path):
     with pytest.raises(UserError, match="^12 files") as error:
         quietly(root)
     assert str(error.value).count("domain_rgb") == 10 and "and 2 more" in str(error.value)
-    with pytest.raises(UserError, match="^12 files"):  # nothing would be left
+    with pytest.raises(UserError, match="^no building has a whole view; 12 files"):
         quietly(root, skip_broken=True)
+
+
+def test_a_building_without_a_whole_view_is_left_out(tmp_path):
+    root = write(tmp_path, {"a": 3, "b": 2}, views=1)
+    for point in range(2):
+        empty(png(root, "rgb", point))
+    (root / "rgb" / "c").mkdir()
+    with pytest.raises(UserError, match="^3 files.*--skip-broken"):
+        quietly(root)
+    result = quietly(root, skip_broken=True)
+    assert result.views == {"a": 3} and set(result.skipped) == {"b", "c"}
+    assert len(result.skipped["b"]) == 2 and result.skipped["c"] == ["building c has no images"]
+    assert open_data(config(1), root, "sd").names == ["a"]
+    assert [path.name for path in result.folder.parent.iterdir()] == [f"{SIZE}px"]
+
+
+def test_names_of_buildings_are_names_and_nothing_else(tmp_path):
+    """`taskonomy` is also a layout's folder; dots hide; brackets are no pattern."""
+    names = {"taskonomy": 3, ".b": 4, "b[ab]": 5, "ba": 6, "b*": 3, "b?": 3}
+    for layout in ("release", "download", "archives"):
+        root = write(tmp_path / layout, names, layout, views=1, domains=DOMAINS[:2])
+        (root / "rgb" / ".cache").mkdir(parents=True)  # hidden and without images: no building
+        assert quietly(root, domains=DOMAINS[:2]).views == names
+        assert quietly(root, domains=DOMAINS[:2]).rebuilt == ()
+
+
+@pytest.mark.parametrize("number", [2**63 - 1, 2**63, 10**30])
+def test_numbers_of_views_fit_into_64_bits(tmp_path, number):
+    root = write(tmp_path, {"b": 3}, views=1)
+    for domain in DOMAINS:
+        path = png(root, domain)
+        path.rename(path.with_name(path.name.replace("point_0", f"point_{number}")))
+    if number < 2**63:
+        quietly(root)
+        assert open_data(config(1), root, "d").count(0, "train") == 1
+        return
+    with pytest.raises(UserError, match=f"b/point_{number}_view_0_domain_rgb.png: .*2.63"):
+        quietly(root)
+
+
+def test_a_full_disk_is_told_with_its_path_and_files_are_synchronised(tmp_path, monkeypatch):
+    root = write(tmp_path, {"b": 3})
+    synchronised, fsync = [], os.fsync
+
+    def note(descriptor):
+        synchronised.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: .*/b'"):
+        quietly(root)
+    assert not list((root / "prepared").rglob("*.npy"))
+    monkeypatch.setattr(os, "fsync", note)
+    quietly(root)
+    arrays = [f"{domain}.npy" for domain in DOMAINS]
+    assert synchronised == [*arrays, "views.json", "summary.json"]
 
 
 def test_good_buildings_are_kept_when_another_is_broken(tmp_path):

@@ -7,11 +7,12 @@ opens no PNG: batches are rows of these arrays, decoded on the device.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,15 @@ from torch import Tensor
 from ..config import Data, UserError, outside, stream
 from ..federated import Clients
 from ..tasks import TASKS, Batch, TaskTable, check_tasks, decode_batch, domains_of
-from .taskonomy import View, hash_json, open_array, prepare
+from .taskonomy import (
+    Record,
+    View,
+    hash_json,
+    open_array,
+    prepare,
+    read_record,
+    read_summary,
+)
 
 SPLITS = ("train", "val", "test")
 
@@ -223,40 +232,50 @@ def open_data(
     table = outside(data.tasks)
     folder, needed = Path(folder), domains_of(check_tasks(letters, table), table)
     prepared = _prepared(folder, data.size)
-    found = sorted(json.loads((prepared / "summary.json").read_text())["buildings"])
+    found = sorted(read_summary(prepared).buildings)
     if len(found) < data.buildings:
         raise UserError(f"{folder} has {len(found)} buildings; {data.buildings} are asked for")
     names = found[: data.buildings]
-    arrays, content, images = [], [], []
+    one = partial(_open_building, prepared, data.size, needed, table)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # opening reads every value, to verify it
+        buildings = dict(zip(names, pool.map(one, names)))
+    content, images = [], []
     places: dict[str, list[tuple[int, int]]] = {split: [] for split in SPLITS}
-    for client, name in enumerate(names):
+    for client, (name, (record, _)) in enumerate(buildings.items()):
         try:
-            record = json.loads((prepared / name / "views.json").read_text())
-            lacking = [domain for domain in needed if domain not in record["domains"]]
-            if lacking:
-                tasks = "".join(a for a in letters if table[a].domain in lacking) or letters
-                raise UserError(f"lacks domain {', '.join(lacking)} (tasks {tasks}); "
-                                f"prepared are: {', '.join(record['domains'])}")  # fmt: skip
-            views = [(point, view) for point, view in record["views"]]
-            parts = split_indices(views, data.split, stream(data.split_seed, "split", name))
-            opened = [open_array(prepared / name, d, len(views), data.size) for d in needed]
-            content.append([name, data.size, views, {d: record["content"][d] for d in needed}])
-            images.append([name, data.size, views, record["content"][table.image]])
+            parts = split_indices(record.views, data.split, stream(data.split_seed, "split", name))
         except UserError as error:
             raise UserError(f"building {name} of {folder} {error}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            damaged = f"{prepared / name} is damaged, mas prepare repairs it"
-            raise UserError(f"{damaged} ({error})") from None
-        signed = [a.view(np.int16) if a.dtype.itemsize == 2 else a for a in opened]
-        arrays.append(dict(zip(needed, map(torch.from_numpy, signed), strict=True)))
         for split in SPLITS:
             places[split] += [(client, view) for view in parts[split]]
+        hashes = {domain: record.content[domain] for domain in needed}
+        content.append([name, data.size, record.views, hashes])
+        images.append([name, data.size, record.views, hashes[table.image]])
     for split in SPLITS:
         if not places[split]:
             raise UserError(f"{folder} has no {split} views: a building is split from 3 points on")
-    parts_of = {split: np.array(places[split]) for split in SPLITS}
-    hashes = hash_json(content), hash_json(images)
-    return FederatedData(names, letters, data.size, *hashes, parts_of, arrays, cache_bytes, table)
+    return FederatedData(
+        names, letters, data.size, hash_json(content), hash_json(images),
+        {split: np.array(places[split]) for split in SPLITS},
+        [arrays for _, arrays in buildings.values()], cache_bytes, table,
+    )  # fmt: skip
+
+
+def _open_building(
+    prepared: Path, size: int, needed: Sequence[str], table: TaskTable, name: str
+) -> tuple[Record, dict[str, Tensor]]:
+    """What a building holds, and its arrays by domain, 16-bit values as signed integers."""
+    record, arrays = read_record(prepared / name), {}
+    lacking = [domain for domain in needed if domain not in record.content]
+    if lacking:
+        letters = "".join(a for a, task in table.items() if task.domain in lacking)
+        raise UserError(f"building {name} of {prepared} lacks domain {', '.join(lacking)} (tasks "
+                        f"{letters}); prepared are: {', '.join(record.content)}")  # fmt: skip
+    for domain in needed:
+        array = open_array(prepared / name, domain, record, size, table.stored[domain])
+        signed = array.view(np.int16) if array.dtype.itemsize == 2 else array
+        arrays[domain] = torch.from_numpy(signed)
+    return record, arrays
 
 
 def _prepared(folder: Path, size: int) -> Path:
@@ -285,38 +304,55 @@ def ensure_rooms(
 ) -> Path:
     """The folder to open: for procedural rooms rendered and prepared first, where they are not.
 
-    Without a folder rooms go to `rooms_folder`. Taskonomy needs a folder. Raises UserError where
-    the folder holds other rooms than `data` says, of another renderer, or other images.
-    """
-    from .rooms import RENDERER_VERSION, render_rooms
+    Without a folder rooms go to `rooms_folder`; one that is named is there already, empty or with
+    rooms. Taskonomy needs a folder; a source outside the package takes it as it is given.
 
-    if ":" in data.source:  # it knows where its data are
+    Raises UserError where the folder is missing, holds other rooms than `data` says, of another
+    renderer, or other images.
+    """
+    if data.source == "taskonomy" and folder is None:
+        raise UserError("Taskonomy is not part of the package: name its folder with "
+                        "--data DIR, or train on rooms (data.source=rooms)")  # fmt: skip
+    if data.source != "rooms":
         return Path(folder or ".")
-    if data.source == "taskonomy":
-        if folder is None:
-            raise UserError("Taskonomy is not part of the package: name its folder with "
-                            "--data DIR, or train on rooms (data.source=rooms)")  # fmt: skip
-        return Path(folder)
-    rooms = Path(folder) if folder is not None else rooms_folder(data)
-    asked = {"buildings": data.buildings, "views": data.views, "seed": data.render_seed,
-             "heterogeneity": data.heterogeneity}  # fmt: skip
-    record = rooms / "rooms.json"
-    found = json.loads(record.read_text()) if record.exists() else {}
-    if not found and rooms.is_dir() and any(rooms.iterdir()):
-        raise UserError(f"{rooms} has no rooms.json that says which rooms it holds; name the "
-                        "folder they were rendered into, or set data.source=taskonomy")  # fmt: skip
-    wanted = asked | {"renderer_version": RENDERER_VERSION}
-    other = [f"{k}={found.get(k)}" for k in wanted if found and found.get(k) != wanted[k]]
+    from .rooms.render import render_rooms
+
+    rooms = rooms_folder(data) if folder is None else Path(folder)
+    asked = {"buildings": data.buildings, "views": data.views, "size": data.size,
+             "seed": data.render_seed, "heterogeneity": data.heterogeneity}  # fmt: skip
+    try:
+        found = _rooms_there(rooms, asked, named=folder is not None)
+        with contextlib.suppress(UserError):
+            _prepared(rooms, data.size)
+            return rooms
+        render_rooms(rooms, **asked | {"size": found.get("size", data.size)}, workers=workers,
+                     progress=progress)  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    prepare(rooms, data.size, workers=workers, progress=progress, table=outside(data.tasks))
+    return rooms
+
+
+def _rooms_there(rooms: Path, asked: dict[str, Any], named: bool) -> dict[str, Any]:
+    """What rooms.json says of a folder, {} where none are rendered; UserError for other rooms."""
+    from .rooms.render import RENDERER_VERSION, read_parameters
+
+    found = read_parameters(rooms)
+    if found is None:
+        if rooms.is_dir() and any(rooms.iterdir()):
+            raise UserError(
+                f"{rooms} has no rooms.json that says which rooms it holds; name the folder they "
+                "were rendered into, or set data.source=taskonomy"
+            )
+        if named and not rooms.is_dir():
+            asked = " ".join(f"--{key} {value}" for key, value in asked.items())
+            raise UserError(f"data folder {rooms} does not exist; to have rooms there: "
+                            f"mas render --out {rooms} {asked}")  # fmt: skip
+        return {}
+    # Rooms of another size serve: they are resized when they are prepared.
+    wanted = asked | {"size": found.get("size"), "renderer_version": RENDERER_VERSION}
+    other = [f"{key}={found.get(key)}" for key in wanted if found.get(key) != wanted[key]]
     if other:
         raise UserError(f"{rooms} holds rooms rendered with {', '.join(other)}, not as configured; "
                         "name another folder or change the settings")  # fmt: skip
-    with contextlib.suppress(UserError):
-        _prepared(rooms, data.size)
-        return rooms
-    try:
-        render_rooms(rooms, size=found.get("size", data.size), workers=workers, progress=progress,
-                     **asked)  # fmt: skip
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    prepare(rooms, data.size, workers=workers, progress=progress)
-    return rooms
+    return found

@@ -1,6 +1,8 @@
 """Taskonomy's PNGs -> verified arrays: `prepare` opens and decodes every file once.
 
-Whatever lies in one of the three folder layouts is read, procedural rooms included.
+Whatever lies in one of the three folder layouts is read, procedural rooms included, for any table
+of tasks. Pillow reads: torchvision 0.29 gives the same values and is 13 % faster, but does not tell
+a PNG's bit depth and crashes the process over a damaged file.
 """
 
 from __future__ import annotations
@@ -11,20 +13,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import numpy as np
 from filelock import FileLock
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm.auto import tqdm
 
 from ..config import UserError
-from ..tasks import DEPTH_DOMAIN, DOMAINS, MAX_DEPTH, NUM_CLASSES, STORED, TASKS
+from ..tasks import DOMAINS, MAX_DEPTH, TASKS, TaskTable, domains_of
 
 INVALID_DEPTH = 2**16 - 1
 FORMAT = 1  # of the prepared folder; another number prepares anew
@@ -49,33 +52,60 @@ def find_views(
     """
     views: dict[View, Files] = {}
     for domain in domains:
-        for _, folder in _folders(Path(root), domain, building):
+        for folder in (f for name, f in _folders(Path(root), domain) if name == building):
             for name in os.listdir(folder):
                 match = _FILE.fullmatch(name)
                 if match is None or _ALIASES.get(match[3], match[3]) != domain:
                     continue
-                files = views.setdefault((int(match[1]), int(match[2])), {})
+                view = int(match[1]), int(match[2])
+                if max(view) >= 2**63:
+                    raise UserError(f"{folder / name}: a point or view number of 2^63 or more; "
+                                    "rename the file, or remove it")  # fmt: skip
+                files = views.setdefault(view, {})
                 if domain in files:
                     raise UserError(f"{folder / name} and {files[domain]} are the same view")
                 files[domain] = folder / name
     return dict(sorted(views.items()))
 
 
-def _folders(root: Path, domain: str, building: str = "*") -> list[tuple[str, Path]]:
+def _folders(root: Path, domain: str) -> list[tuple[str, Path]]:
     """Buildings and their folders of a domain, in any of the three layouts.
 
     <domain>/<building>             the released code's
     <domain>/taskonomy/<building>   as the omnidata downloader leaves it
     <building>_<domain>/<domain>    the original archives, extracted
+
+    A hidden folder, or one named taskonomy, is a building where it holds images itself.
     """
-    named = [*root.glob(f"{domain}/{building}/"), *root.glob(f"{domain}/taskonomy/{building}/")]
-    extracted = root.glob(f"{building}_{domain}/{domain}/")
-    return [(folder.name, folder) for folder in named if folder.name != "taskonomy"] + [
-        (folder.parent.name.removesuffix(f"_{domain}"), folder) for folder in extracted
+    named = [*_subfolders(root / domain), *_subfolders(root / domain / "taskonomy")]
+    found = [(folder.name, folder) for folder in named] + [
+        (folder.name.removesuffix(f"_{domain}"), folder / domain)
+        for folder in _subfolders(root)
+        if folder.name.endswith(f"_{domain}") and (folder / domain).is_dir()
+    ]
+    return [
+        (name, folder)
+        for name, folder in found
+        if not (name.startswith(".") or name == "taskonomy")
+        or any(map(_FILE.fullmatch, os.listdir(folder)))
     ]
 
 
-def read_png(path: Path, domain: str) -> np.ndarray:
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _classes(domain: str, table: TaskTable) -> int:
+    """How many class ids a domain's values are; 0 where they are no class ids."""
+    tasks = (task for task in table.values() if task.domain == domain and task.classes)
+    return max((task.channels for task in tasks), default=0)
+
+
+def read_png(path: Path, domain: str, table: TaskTable = TASKS) -> np.ndarray:
     """One label or image as encoded: (S, S) uint8 or unsigned 16-bit, or (S, S, 3) uint8.
 
     Raises ValueError where the file is no whole PNG (checksums included), not stored with the
@@ -89,32 +119,33 @@ def read_png(path: Path, domain: str) -> np.ndarray:
             array = np.asarray(image)
     except Exception as error:  # Pillow raises errors of many kinds over a broken file
         raise ValueError(f"broken or no PNG ({type(error).__name__})") from None
-    raw_modes, in_words = _PNGS[STORED[domain]]
+    raw_modes, in_words = _PNGS[table.stored[domain]]
+    classes = _classes(domain, table)
     if raw_mode not in raw_modes:
         raise ValueError(f"pixels stored as {raw_mode}, must be {in_words}")
     if array.shape[0] != array.shape[1]:
         raise ValueError(f"{array.shape[1]} x {array.shape[0]} pixels, must be square")
-    if STORED[domain] == "uint8" and array.max() >= NUM_CLASSES:
-        raise ValueError(f"class id {array.max()}, allowed: 0 to {NUM_CLASSES - 1}")
+    if classes and array.max() >= classes:
+        raise ValueError(f"class id {array.max()}, allowed: 0 to {classes - 1}")
     # Pillow has given 16-bit gray as signed or as 32-bit; modulo 2^16 all of them are right.
-    return array.astype(np.uint16) if STORED[domain] == "uint16" else array
+    return array.astype(np.uint16) if table.stored[domain] == "uint16" else array
 
 
-def resize(image: np.ndarray, domain: str, size: int) -> np.ndarray:
+def resize(image: np.ndarray, domain: str, size: int, table: TaskTable = TASKS) -> np.ndarray:
     """A square image (S, S[, 3]) at size x size <= S x S, encoded as before.
 
     Classes: nearest neighbour. Everything else: the mean over the area of each new pixel, exact
-    and rounded half up. Depth: over valid pixels alone, and invalid (65535) where less than half
-    of the area is valid.
+    and rounded half up. The mask's domain (depth): over valid pixels alone, and invalid (65535)
+    where less than half of the area is valid.
     """
     source = len(image)
     if source == size:
         return image
-    if STORED[domain] == "uint8":
+    if domain in table.class_maps:
         nearest = (2 * np.arange(size) + 1) * source // (2 * size)
         return image[nearest[:, None], nearest]
     area = source**2  # of a new pixel, in the unit of _area_sums
-    if domain != DEPTH_DOMAIN:
+    if domain != table.mask:
         return ((2 * _area_sums(image, size) + area) // (2 * area)).astype(image.dtype)
     valid = image < MAX_DEPTH
     total, weight = _area_sums(image * valid, size), _area_sums(valid, size)
@@ -147,59 +178,85 @@ class Prepared:
 
 
 def prepare(
-    root: str | Path, size: int, domains: Sequence[str] = DOMAINS, skip_broken: bool = False,
+    root: str | Path, size: int, domains: Sequence[str] | None = None, skip_broken: bool = False,
     workers: int | None = None, progress: bool = True, out: str | Path | None = None,
+    table: TaskTable = TASKS,
 ) -> Prepared:  # fmt: skip
     """Verify every PNG of a Taskonomy folder and decode it once, at size x size pixels.
 
     Writes <out or root/prepared>/<size>px/<building>/<domain>.npy, (N, size, size[, 3]) as encoded
     (uint8 or uint16), views in order of (point, view), views.json beside them and summary.json
-    above them. A building whose files have the names, sizes and times they had is left as it is;
-    one that is gone from `root` leaves the summary.
-    `workers` threads take a building each (None: one a core); the files do not depend on them.
+    above them. A building whose files have the names, sizes and times they had, and whose arrays
+    are whole, is left as it is; one that is gone from `root` leaves the summary.
+
+    domains   None: all of `table`, the tasks that say how each is encoded
+    workers   threads, each with a building (None: one a core); the files do not depend on them
 
     Raises UserError for a folder without images or without a domain, and one that lists the files
-    that are broken or missing, unless `skip_broken`: then their views are left out and counted.
+    that are broken or missing, unless `skip_broken`: then their views are left out and counted,
+    and so is a building without a whole view, while there is another.
     """
     root, target = Path(root), Path(out or Path(root) / "prepared") / f"{size}px"
-    names = _building_names(root, size, domains)
-    domains = [domain for domain in DOMAINS if domain in domains]
+    known = domains_of("".join(table), table)
+    asked = known if domains is None else domains
+    names = _building_names(root, size, asked, table)
+    domains = [domain for domain in known if domain in asked]
     target.mkdir(parents=True, exist_ok=True)
-    one = partial(_prepare_building, root, target, size, domains, skip_broken)
-    with FileLock(target / "prepare.lock"), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        done = tqdm(pool.map(one, names), "prepare", len(names), unit="building",
-                    disable=not progress)  # fmt: skip
-        faults = {name: found for name, found in zip(names, done, strict=True) if found is not None}
-        problems = [problem for found in faults.values() for problem in found]
-        if problems:
-            listed = problems[:10] + [f"and {len(problems) - 10} more"] * (len(problems) > 10)
-            head = f"{len(problems)} files are broken or missing (--skip-broken leaves views out):"
-            raise UserError("\n  ".join([head, *listed]))
-        records = {path.parent.name: json.loads(path.read_text())
-                   for path in sorted(target.glob("[!.]*/views.json"))
-                   if path.parent.name in names}  # fmt: skip
-        counts = {name: {"views": len(r["views"]), "skipped_views": r["skipped_views"]}
-                  for name, r in records.items()}  # fmt: skip
+    parts = target.with_name(f".{target.name}.parts")  # no building's name can collide with it
+    one = partial(_prepare_building, root, target, parts, size, domains, skip_broken, table)
+    with (FileLock(target / "prepare.lock"), _scratch(parts),
+          ThreadPoolExecutor(workers or os.cpu_count()) as pool):  # fmt: skip
+        done = list(tqdm(pool.map(one, names), "prepare", len(names), unit="building",
+                         disable=not progress))  # fmt: skip
+        records = {name: record for name, (record, _) in zip(names, done)}
+        skipped = {name: record.skipped for name, record in records.items() if record.skipped}
+        records = {name: record for name, record in records.items() if record.views}
+        if not records or (skipped and not skip_broken):
+            raise _broken(skipped, skip_broken)
+        counts = {name: {"views": len(record.views), "skipped_views": record.skipped_views}
+                  for name, record in records.items()}  # fmt: skip
         summary, text = target / "summary.json", json.dumps({"buildings": counts}, indent=1)
-        if not summary.exists() or summary.read_text() != text:
-            (target / "summary.tmp").write_text(text)
-            os.replace(target / "summary.tmp", summary)
-    views = {name: len(record["views"]) for name, record in records.items()}
-    skipped = {name: record["skipped"] for name, record in records.items() if record["skipped"]}
-    return Prepared(target, views, skipped, tuple(faults))
+        if not summary.exists() or summary.read_bytes() != text.encode():
+            _write_whole(parts / "summary.json", text)
+            os.replace(parts / "summary.json", summary)
+    views = {name: len(record.views) for name, record in records.items()}
+    rebuilt = tuple(name for name, (_, anew) in zip(names, done) if anew and name in records)
+    return Prepared(target, views, skipped, rebuilt)
 
 
-def _building_names(root: Path, size: int, domains: Sequence[str]) -> list[str]:
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[None]:
+    """An empty folder while this lasts, whatever a killed process left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _broken(skipped: dict[str, list[str]], skip_broken: bool) -> UserError:
+    """The first ten of what is wrong with a folder's files, and how many they are."""
+    faults = [fault for found in skipped.values() for fault in found]
+    head = f"{len(faults)} files are broken or missing (--skip-broken leaves views out):"
+    if skip_broken:
+        head = f"no building has a whole view; {len(faults)} files are broken or missing:"
+    more = [f"and {len(faults) - 10} more"] * (len(faults) > 10)
+    return UserError("\n  ".join([head, *faults[:10], *more]))
+
+
+def _building_names(root: Path, size: int, domains: Sequence[str], table: TaskTable) -> list[str]:
     """The buildings below `root`; a UserError where it lacks what is asked for."""
-    unknown = [domain for domain in domains if domain not in DOMAINS]
+    known = domains_of("".join(table), table)
+    unknown = [domain for domain in domains if domain not in known]
     if unknown:
-        raise UserError(f"unknown domain {unknown[0]!r}; allowed: {', '.join(DOMAINS)}")
+        raise UserError(f"unknown domain {unknown[0]!r}; allowed: {', '.join(known)}")
     if size < 1:
         raise UserError(f"size={size}; allowed: 1 or more pixels")
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist")
-    found = {domain: {name for name, _ in _folders(root, domain)} for domain in DOMAINS}
-    there = [domain for domain in DOMAINS if found[domain]]
+    found = {domain: {name for name, _ in _folders(root, domain)} for domain in known}
+    there = [domain for domain in known if found[domain]]
     if not there:
         raise UserError(
             f"no Taskonomy images in {root}; looked for folders <domain>/<building>, "
@@ -207,7 +264,7 @@ def _building_names(root: Path, size: int, domains: Sequence[str]) -> list[str]:
         )
     lacking = [domain for domain in domains if domain not in there]
     if lacking:
-        letters = "".join(task.letter for task in TASKS.values() if task.domain in lacking)
+        letters = "".join(task.letter for task in table.values() if task.domain in lacking)
         raise UserError(
             f"{root} lacks {len(lacking)} domains: {', '.join(lacking)} (tasks {letters}); "
             f"to prepare what is there: --domains {' '.join(there)}"
@@ -216,37 +273,45 @@ def _building_names(root: Path, size: int, domains: Sequence[str]) -> list[str]:
 
 
 def _prepare_building(
-    root: Path, target: Path, size: int, domains: list[str], skip_broken: bool, name: str
-) -> list[str] | None:
-    """Write a building; what keeps it from being written, or None where it is up to date."""
-    folder, temporary = target / name, target / f".{name}.tmp"
+    root: Path, target: Path, parts: Path, size: int, domains: list[str], skip_broken: bool,
+    table: TaskTable, name: str,
+) -> tuple[Record, bool]:  # fmt: skip
+    """Write a building where it is not up to date; its record, and whether it was read anew.
+
+    One without a whole view, or with a broken file and not `skip_broken`, is not written.
+    """
+    folder, temporary = target / name, parts / name
     views = find_views(root, name, domains)
-    source = {domain: _source(views, domain, size) for domain in domains}
-    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-        record = json.loads((folder / "views.json").read_text())
-        for domain in domains:
-            open_array(folder, domain, len(record["views"]), size)
+    source = {domain: _source(views, domain, size, table) for domain in domains}
+    with contextlib.suppress(UserError):
+        record = read_record(folder)
         # A folder that holds more domains than are asked for is kept.
-        if source.items() <= record["source"].items() and (skip_broken or not record["skipped"]):
-            return None
+        if source.items() <= record.source.items() and (skip_broken or not record.skipped):
+            for domain in domains:
+                open_array(folder, domain, record, size, table.stored[domain])
+            return record, False
     (target / "summary.json").unlink(missing_ok=True)  # until every building is right
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    kept, problems, content = _write_arrays(temporary, views, size, domains)
-    if not kept or (problems and not skip_broken):
-        shutil.rmtree(temporary)
-        return problems or [f"building {name} has no images"]
-    record = {"domains": domains, "source": source, "content": content, "views": kept,
-              "skipped": problems, "skipped_views": len(views) - len(kept)}  # fmt: skip
-    (temporary / "views.json").write_text(json.dumps(record))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    return []
+    with _path_named(temporary):
+        temporary.mkdir()
+        kept, faults, content = _write_arrays(temporary, views, size, domains, table)
+        if not views:
+            faults = [f"building {name} has no images"]
+        record = Record(domains=domains, source=source, content=content, views=kept,
+                        skipped=faults, skipped_views=len(views) - len(kept))  # fmt: skip
+        if kept and (skip_broken or not faults):
+            _write_whole(temporary / "views.json", json.dumps(record.model_dump()))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        else:
+            shutil.rmtree(temporary)
+    return record, True
 
 
-def _source(views: dict[View, Files], domain: str, size: int) -> str:
-    """A hash of how a domain's files were found: names, sizes and times."""
+def _source(views: dict[View, Files], domain: str, size: int, table: TaskTable) -> str:
+    """A hash of how a domain's files were found: names, sizes, times, and how they are read."""
     found: list[Any] = [FORMAT, size]
+    if _reading(domain, table) != _reading(domain, TASKS):
+        found += _reading(domain, table)
     for path in (files[domain] for files in views.values() if domain in files):
         with contextlib.suppress(OSError):  # a link to nothing: read_png will say so
             status = path.stat()
@@ -254,8 +319,13 @@ def _source(views: dict[View, Files], domain: str, size: int) -> str:
     return hash_json(found)
 
 
+def _reading(domain: str, table: TaskTable) -> tuple[str | None, int, bool]:
+    """What a table says of a domain: its encoding, its number of classes, whether it is a mask."""
+    return table.stored.get(domain), _classes(domain, table), domain == table.mask
+
+
 def _write_arrays(
-    folder: Path, views: dict[View, Files], size: int, domains: list[str]
+    folder: Path, views: dict[View, Files], size: int, domains: list[str], table: TaskTable
 ) -> tuple[list[View], list[str], dict[str, str]]:
     """One array a domain, view by view: the views kept, what is wrong with the others, hashes."""
     kept: list[View] = []
@@ -263,21 +333,24 @@ def _write_arrays(
     content = {domain: hashlib.sha256() for domain in domains}
     with contextlib.ExitStack() as stack:
         arrays = {d: stack.enter_context(open(folder / f"{d}.npy", "wb")) for d in domains}
-        _write_headers(arrays, len(views), size)
+        _write_headers(arrays, len(views), size, table)
         for view, files in views.items():
-            images, faults = _read_view(files, size, domains)
+            images, faults = _read_view(files, size, domains, table)
             problems += faults
             if not faults:
                 kept.append(view)
                 for domain, image in images.items():
                     arrays[domain].write(image)
                     content[domain].update(image)
-        _write_headers(arrays, len(kept), size)  # they have room for any number of views
+        _write_headers(arrays, len(kept), size, table)  # they have room for any number of views
+        for file in arrays.values():
+            file.flush()
+            os.fsync(file.fileno())
     return kept, problems, {domain: digest.hexdigest() for domain, digest in content.items()}
 
 
 def _read_view(
-    files: Files, size: int, domains: list[str]
+    files: Files, size: int, domains: list[str], table: TaskTable
 ) -> tuple[dict[str, bytes], list[str]]:
     """One view's images at the size asked for, as bytes, and what is wrong with its files."""
     images, faults, side = {}, [], None
@@ -286,40 +359,124 @@ def _read_view(
             faults.append(f"{next(iter(files.values()))}: its {domain} is missing")
             continue
         try:
-            image = read_png(files[domain], domain)
+            image = read_png(files[domain], domain, table)
             if len(image) < size:
                 raise ValueError(f"{len(image)} pixels wide, less than the {size} asked for")
             side = side or len(image)
             if len(image) != side:
                 raise ValueError(f"{len(image)} pixels wide, unlike the view's other domains")
-            images[domain] = resize(image, domain, size).tobytes()
+            images[domain] = resize(image, domain, size, table).tobytes()
         except ValueError as error:
             faults.append(f"{files[domain]}: {error}")
     return images, faults
 
 
-def _write_headers(arrays: dict[str, BinaryIO], views: int, size: int) -> None:
+def _write_headers(arrays: dict[str, BinaryIO], views: int, size: int, table: TaskTable) -> None:
     for domain, file in arrays.items():
         file.seek(0)
-        dtype, shape = _array_type(domain, views, size)
+        dtype, shape = _array_type(table.stored[domain], views, size)
         header = {"descr": dtype, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
 
 
-def _array_type(domain: str, views: int, size: int) -> tuple[str, tuple[int, ...]]:
-    dtype = "<u2" if STORED[domain] == "uint16" else "|u1"
-    return dtype, (views, size, size, 3)[: 4 if STORED[domain] == "uint8x3" else 3]
+def _array_type(stored: str, views: int, size: int) -> tuple[str, tuple[int, ...]]:
+    dtype = "<u2" if stored == "uint16" else "|u1"
+    return dtype, (views, size, size, 3)[: 4 if stored == "uint8x3" else 3]
 
 
-def open_array(folder: Path, domain: str, views: int, size: int) -> np.ndarray:
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is on the disk when this returns, to be renamed."""
+    with _path_named(path), open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _path_named(path: Path) -> Iterator[None]:
+    """A full disk raises an OSError that names no file; here it names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+Number = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Record(BaseModel):
+    """views.json: what the arrays beside it hold."""
+
+    model_config = ConfigDict(strict=True)
+
+    domains: list[str]
+    source: dict[str, str]  # domain -> hash of how its files were found
+    content: dict[str, str]  # domain -> SHA-256 of the array's values
+    views: list[tuple[Number, Number]]  # (point, view) of every row
+    skipped: list[str]  # broken or missing files of the views left out
+    skipped_views: int
+
+
+class Summary(BaseModel):
+    """summary.json: the prepared buildings; it is there when all of them are right."""
+
+    buildings: dict[str, dict[str, int]]  # name -> "views", "skipped_views"
+
+
+Json = TypeVar("Json", bound=BaseModel)
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a prepared building; a UserError where it is damaged or missing."""
+    return _read_json(folder / "views.json", Record)
+
+
+def read_summary(target: Path) -> Summary:
+    """The summary of a prepared folder; a UserError where it is damaged or missing."""
+    return _read_json(target / "summary.json", Summary)
+
+
+def _read_json(path: Path, kind: type[Json]) -> Json:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        reason = error.strerror
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = ".".join(map(str, first["loc"])) + ": " * bool(first["loc"]) + first["msg"]
+    raise UserError(f"{path} is damaged ({reason}); mas prepare writes it anew")
+
+
+_whole: set[tuple[int, int, int, int, str]] = set()  # arrays verified by this process
+
+
+def open_array(folder: Path, domain: str, record: Record, size: int, stored: str) -> np.ndarray:
     """A prepared array, memory-mapped: (views, size, size[, 3]) uint8 or uint16.
 
-    Raises ValueError where the file holds anything else, OSError where it cannot be read.
+    Once a process its values are hashed and compared with the record, 2 GB a second and core:
+    0.2 s for a building of 270 views at 256 px with all nine tasks (CRC-32: 0.06 s, but folders
+    have the SHA-256 that fingerprints are made of).
+
+    Raises UserError where the file is missing or holds anything else.
     """
-    # Copy on write: PyTorch wants writable memory, and the file must never change.
-    array = np.load(folder / f"{domain}.npy", mmap_mode="c", allow_pickle=False)
-    if (array.dtype.str, array.shape) != _array_type(domain, views, size):
-        raise ValueError(f"{domain}.npy holds {array.dtype} {array.shape}")
+    path = folder / f"{domain}.npy"
+    try:
+        # Copy on write: PyTorch wants writable memory, and the file must never change.
+        array = np.lib.format.open_memmap(path, mode="c")
+        found = array.dtype.str, array.shape
+        if found != _array_type(stored, len(record.views), size):
+            raise ValueError(f"holds {array.dtype} {array.shape}")
+        status = path.stat()
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
+               record.content[domain])  # fmt: skip
+        if key not in _whole and hashlib.sha256(array).hexdigest() != key[-1]:
+            raise ValueError("its values are not those that were written")
+        _whole.add(key)
+    except Exception as error:  # NumPy raises errors of many kinds over a broken header
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise UserError(f"{path} is damaged ({reason}); mas prepare repairs it") from None
     return array
 
 

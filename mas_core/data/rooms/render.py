@@ -15,6 +15,7 @@ from .scene import make_building, make_cameras, stream
 
 RENDERER_VERSION = 5  # part of a folder's identity: raise it whenever a pixel changes
 CHUNK = 16  # views a job renders
+LIMITS = {"buildings": (1, 1000), "views": (1, 100_000), "size": (16, 1024)}
 
 
 def view_counts(buildings, views, seed):
@@ -44,6 +45,8 @@ def _save(array, path):
     try:
         Image.fromarray(array).save(part, format="PNG", compress_level=6)
         os.replace(part, path)
+    except OSError as error:  # of a full disk it names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -62,11 +65,28 @@ def _render_chunk(root, name, index, first, last, count, size, seed, heterogenei
     return written, last - first - written
 
 
+def read_parameters(root):
+    """What ``root``/rooms.json says was rendered there, None without one; ValueError if damaged."""
+    record = Path(root, "rooms.json")
+    if not record.exists():
+        return None
+    try:
+        found = json.loads(record.read_bytes())
+        if not isinstance(found, dict) or not all(
+            isinstance(value, int | float) for value in found.values()
+        ):
+            raise ValueError("no JSON object of numbers")
+    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError
+        raise ValueError(
+            f"{record} is damaged ({error}); delete {root}, the same rooms can be rendered anew"
+        ) from None
+    return found
+
+
 def _claim(root, parameters):
     """Record what is rendered into ``root``; a folder of anything else is refused."""
-    record = root / "rooms.json"
-    if record.exists():
-        found = json.loads(record.read_text())
+    found = read_parameters(root)
+    if found is not None:
         if found != parameters:
             other = sorted(k for k in parameters if found.get(k) != parameters[k])
             raise ValueError(
@@ -78,8 +98,11 @@ def _claim(root, parameters):
         raise ValueError(f"{root} holds images that were not rendered here: choose an empty folder")
     root.mkdir(parents=True, exist_ok=True)
     part = root / f".rooms.json.{os.getpid()}.part"
-    part.write_text(json.dumps(parameters, indent=1, sort_keys=True) + "\n")
-    os.replace(part, record)
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(json.dumps(parameters, indent=1, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, root / "rooms.json")
 
 
 def render_rooms(
@@ -95,9 +118,12 @@ def render_rooms(
     Returns {"views": {building: count}, "written": n, "skipped": n}. Raises ValueError for
     impossible parameters and for a folder that holds anything else.
     """
-    for key, value, least in (("buildings", buildings, 1), ("views", views, 1), ("size", size, 16)):
-        if value != int(value) or value < least:
-            raise ValueError(f"{key} must be a whole number of at least {least}, not {value}")
+    given = {"buildings": buildings, "views": views, "size": size}
+    for key, (least, most) in LIMITS.items():
+        if not least <= given[key] <= most or given[key] != int(given[key]):
+            raise ValueError(
+                f"{key} must be a whole number from {least} to {most}, not {given[key]}"
+            )
     if not 0 <= heterogeneity <= 1:
         raise ValueError(f"heterogeneity must lie in [0, 1], not {heterogeneity}")
     if workers is not None and workers < 1:
