@@ -11,8 +11,8 @@ from PIL import Image
 from test_taskonomy import SIZE, config, encoded, png, quietly, times, write
 
 from mas_core.config import Data, UserError, stream
+from mas_core.data.arrays import Record, open_array, read_json
 from mas_core.data.clients import ensure_rooms, open_clients, open_data, split_indices
-from mas_core.data.taskonomy import open_array, read_record
 from mas_core.tasks import Task, TaskTable, decode_batch, domains_of
 
 ALL = "sdnkterca"
@@ -276,6 +276,21 @@ def test_a_damaged_file_is_named_and_prepare_mends_it(tmp_path, file, content):
     assert open_data(config(1), root, "sd").fingerprint == fingerprint
 
 
+def test_what_may_not_be_read_is_not_called_damaged(three, monkeypatch):
+    folder = three / f"prepared/{SIZE}px/ann"
+    record = read_json(folder / "views.json", Record)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "a file")
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", refuse)
+    with pytest.raises(PermissionError):
+        open_array(folder, "rgb", record, SIZE, "uint8x3")
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(PermissionError):
+        read_json(folder / "views.json", Record)
+
+
 def test_a_flipped_bit_is_found_once_a_process_and_prepare_mends_it(three, tmp_path, monkeypatch):
     root = shutil.copytree(three, tmp_path / "copy")
     path = root / f"prepared/{SIZE}px/bob/depth_zbuffer.npy"
@@ -288,9 +303,10 @@ def test_a_flipped_bit_is_found_once_a_process_and_prepare_mends_it(three, tmp_p
     assert quietly(root).rebuilt == ("bob",)
     expected = open_data(config(), three, "d").fingerprint
     assert open_data(config(), root, "d").fingerprint == expected
-    monkeypatch.setattr("mas_core.data.taskonomy.hashlib", None)
-    for _ in range(2):  # verified before: no array is hashed again
-        open_array(path.parent, "depth_zbuffer", read_record(path.parent), SIZE, "uint16")
+    monkeypatch.setattr("mas_core.data.arrays.hashlib", None)
+    # Verified before: it is not hashed again.
+    record = read_json(path.parent / "views.json", Record)
+    assert len(open_array(path.parent, "depth_zbuffer", record, SIZE, "uint16")) == 14
 
 
 GRAY = TaskTable(  # 8-bit gray values, and five classes, in one encoding

@@ -24,15 +24,8 @@ from torch import Tensor
 from ..config import Data, UserError, outside, stream
 from ..federated import Clients
 from ..tasks import TASKS, Batch, TaskTable, check_tasks, decode_batch, domains_of
-from .taskonomy import (
-    Record,
-    View,
-    hash_json,
-    open_array,
-    prepare,
-    read_record,
-    read_summary,
-)
+from .arrays import Record, Summary, hash_json, open_array, read_json
+from .taskonomy import View, prepare
 
 SPLITS = ("train", "val", "test")
 
@@ -232,7 +225,7 @@ def open_data(
     table = outside(data.tasks)
     folder, needed = Path(folder), domains_of(check_tasks(letters, table), table)
     prepared = _prepared(folder, data.size)
-    found = sorted(read_summary(prepared).buildings)
+    found = sorted(read_json(prepared / "summary.json", Summary).buildings)
     if len(found) < data.buildings:
         raise UserError(f"{folder} has {len(found)} buildings; {data.buildings} are asked for")
     names = found[: data.buildings]
@@ -265,7 +258,7 @@ def _open_building(
     prepared: Path, size: int, needed: Sequence[str], table: TaskTable, name: str
 ) -> tuple[Record, dict[str, Tensor]]:
     """What a building holds, and its arrays by domain, 16-bit values as signed integers."""
-    record, arrays = read_record(prepared / name), {}
+    record, arrays = read_json(prepared / name / "views.json", Record), {}
     lacking = [domain for domain in needed if domain not in record.content]
     if lacking:
         letters = "".join(a for a, task in table.items() if task.domain in lacking)

@@ -18,16 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm.auto import tqdm
 
 from ..config import UserError
 from ..tasks import DOMAINS, MAX_DEPTH, TASKS, TaskTable, domains_of
+from .arrays import Record, array_type, hash_json, open_array, path_named, read_json, write_whole
 
 INVALID_DEPTH = 2**16 - 1
 FORMAT = 1  # of the prepared folder; another number prepares anew
@@ -217,7 +217,7 @@ def prepare(
                   for name, record in records.items()}  # fmt: skip
         summary, text = target / "summary.json", json.dumps({"buildings": counts}, indent=1)
         if not summary.exists() or summary.read_bytes() != text.encode():
-            _write_whole(parts / "summary.json", text)
+            write_whole(parts / "summary.json", text)
             os.replace(parts / "summary.json", summary)
     views = {name: len(record.views) for name, record in records.items()}
     rebuilt = tuple(name for name, (_, anew) in zip(names, done) if anew and name in records)
@@ -284,14 +284,14 @@ def _prepare_building(
     views = find_views(root, name, domains)
     source = {domain: _source(views, domain, size, table) for domain in domains}
     with contextlib.suppress(UserError):
-        record = read_record(folder)
+        record = read_json(folder / "views.json", Record)
         # A folder that holds more domains than are asked for is kept.
         if source.items() <= record.source.items() and (skip_broken or not record.skipped):
             for domain in domains:
                 open_array(folder, domain, record, size, table.stored[domain])
             return record, False
     (target / "summary.json").unlink(missing_ok=True)  # until every building is right
-    with _path_named(temporary):
+    with path_named(temporary):
         temporary.mkdir()
         kept, faults, content = _write_arrays(temporary, views, size, domains, table)
         if not views:
@@ -299,7 +299,7 @@ def _prepare_building(
         record = Record(domains=domains, source=source, content=content, views=kept,
                         skipped=faults, skipped_views=len(views) - len(kept))  # fmt: skip
         if kept and (skip_broken or not faults):
-            _write_whole(temporary / "views.json", json.dumps(record.model_dump()))
+            write_whole(temporary / "views.json", json.dumps(record.model_dump()))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
         else:
@@ -374,111 +374,6 @@ def _read_view(
 def _write_headers(arrays: dict[str, BinaryIO], views: int, size: int, table: TaskTable) -> None:
     for domain, file in arrays.items():
         file.seek(0)
-        dtype, shape = _array_type(table.stored[domain], views, size)
+        dtype, shape = array_type(table.stored[domain], views, size)
         header = {"descr": dtype, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-
-
-def _array_type(stored: str, views: int, size: int) -> tuple[str, tuple[int, ...]]:
-    dtype = "<u2" if stored == "uint16" else "|u1"
-    return dtype, (views, size, size, 3)[: 4 if stored == "uint8x3" else 3]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is on the disk when this returns, to be renamed."""
-    with _path_named(path), open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _path_named(path: Path) -> Iterator[None]:
-    """A full disk raises an OSError that names no file; here it names `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-Number = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class Record(BaseModel):
-    """views.json: what the arrays beside it hold."""
-
-    model_config = ConfigDict(strict=True)
-
-    domains: list[str]
-    source: dict[str, str]  # domain -> hash of how its files were found
-    content: dict[str, str]  # domain -> SHA-256 of the array's values
-    views: list[tuple[Number, Number]]  # (point, view) of every row
-    skipped: list[str]  # broken or missing files of the views left out
-    skipped_views: int
-
-
-class Summary(BaseModel):
-    """summary.json: the prepared buildings; it is there when all of them are right."""
-
-    buildings: dict[str, dict[str, int]]  # name -> "views", "skipped_views"
-
-
-Json = TypeVar("Json", bound=BaseModel)
-
-
-def read_record(folder: Path) -> Record:
-    """The record of a prepared building; a UserError where it is damaged or missing."""
-    return _read_json(folder / "views.json", Record)
-
-
-def read_summary(target: Path) -> Summary:
-    """The summary of a prepared folder; a UserError where it is damaged or missing."""
-    return _read_json(target / "summary.json", Summary)
-
-
-def _read_json(path: Path, kind: type[Json]) -> Json:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        reason = error.strerror
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        reason = ".".join(map(str, first["loc"])) + ": " * bool(first["loc"]) + first["msg"]
-    raise UserError(f"{path} is damaged ({reason}); mas prepare writes it anew")
-
-
-_whole: set[tuple[int, int, int, int, str]] = set()  # arrays verified by this process
-
-
-def open_array(folder: Path, domain: str, record: Record, size: int, stored: str) -> np.ndarray:
-    """A prepared array, memory-mapped: (views, size, size[, 3]) uint8 or uint16.
-
-    Once a process its values are hashed and compared with the record, 2 GB a second and core:
-    0.2 s for a building of 270 views at 256 px with all nine tasks (CRC-32: 0.06 s, but folders
-    have the SHA-256 that fingerprints are made of).
-
-    Raises UserError where the file is missing or holds anything else.
-    """
-    path = folder / f"{domain}.npy"
-    try:
-        # Copy on write: PyTorch wants writable memory, and the file must never change.
-        array = np.lib.format.open_memmap(path, mode="c")
-        found = array.dtype.str, array.shape
-        if found != _array_type(stored, len(record.views), size):
-            raise ValueError(f"holds {array.dtype} {array.shape}")
-        status = path.stat()
-        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
-               record.content[domain])  # fmt: skip
-        if key not in _whole and hashlib.sha256(array).hexdigest() != key[-1]:
-            raise ValueError("its values are not those that were written")
-        _whole.add(key)
-    except Exception as error:  # NumPy raises errors of many kinds over a broken header
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise UserError(f"{path} is damaged ({reason}); mas prepare repairs it") from None
-    return array
-
-
-def hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
