@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--root", type=Path, required=True)
     prepare.add_argument("--size", type=int, default=256, help="pixels")
     prepare.add_argument("--out", type=Path, default=None, help="default: ROOT/prepared")
-    prepare.add_argument("--domains", nargs="+", default=None, help="default: all nine")
+    prepare.add_argument("--domains", nargs="+", default=None, help="default: all of the tasks")
+    prepare.add_argument("--table", default="mas_core.tasks:TASKS", metavar="MODULE:NAME",
+                         help="the tasks, where they are not the nine")  # fmt: skip
     prepare.add_argument("--skip-broken", action="store_true",
                          help="leave out views with a broken or missing file")  # fmt: skip
     prepare.add_argument("--workers", type=int, default=None, help="threads; default: all cores")
@@ -226,15 +228,17 @@ def _render(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    from .config import outside
     from .data.taskonomy import prepare
-    from .tasks import DOMAINS
 
-    done = prepare(arguments.root, arguments.size, tuple(arguments.domains or DOMAINS),
+    done = prepare(arguments.root, arguments.size, arguments.domains,
                    skip_broken=arguments.skip_broken, workers=arguments.workers,
-                   out=arguments.out)  # fmt: skip
+                   out=arguments.out, table=outside(arguments.table))  # fmt: skip
     print(f"{sum(done.views.values())} views of {len(done.views)} buildings in {done.folder}, "
           f"{len(done.rebuilt)} buildings read anew, "
           f"{sum(map(len, done.skipped.values()))} files broken or missing")  # fmt: skip
+    if left_out := sorted(done.skipped.keys() - done.views.keys()):
+        print(f"left out, without a whole view: {', '.join(left_out)}")
 
 
 if __name__ == "__main__":

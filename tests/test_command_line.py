@@ -205,6 +205,11 @@ def test_render_then_prepare(tmp_path, capsys):
     assert main([*prepare, "--skip-broken"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("7 views of 2 buildings") and "1 files broken or missing" in printed
+    for path in (root / "rgb" / "room_01").iterdir():
+        path.write_bytes(b"")
+    assert main([*prepare, "--skip-broken"]) == 0
+    assert capsys.readouterr().out.endswith("left out, without a whole view: room_01\n")
+    assert "No module named 'nowhere'" in refused(capsys, *prepare, "--table", "nowhere:TASKS")
 
 
 def test_demo_from_nothing_and_again(tmp_path):
