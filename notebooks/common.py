@@ -5,17 +5,18 @@ Losses are test losses of the model with the least validation loss, summed over 
 core time on a CPU. `mean ± std` is over seeds (one seed: no spread).
 """
 
-import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
-from scipy.stats import t as student
 
 import mas_core as mas
-from mas_core import experiments
+from mas_core import experiments, verdicts
+from mas_core.paper import tables
+from mas_core.records.tables import seeds_on_record
 
 FAMILIES = ("one-by-one", "all-in-one", "fedprox", "gradnorm", "HOA", "TAG", "MAS", "standalone")
 PRINTED_AS = {"One-by-one": "one-by-one", "FedAvg": "all-in-one", "All-in-one": "all-in-one",
@@ -23,9 +24,9 @@ PRINTED_AS = {"One-by-one": "one-by-one", "FedAvg": "all-in-one", "All-in-one": 
 # Paul Tol's "muted" colours: nine that colour-blind readers tell apart.
 TASK_COLOURS = dict(zip(mas.TASKS, ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77",
                                     "#CC6677", "#882255", "#AA4499")))
-NOISE = 1.0  # per cent of total loss: a smaller effect of one seed is no evidence
 HALO = [withStroke(linewidth=2.5, foreground="white")]
-HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be judged at this scale"
+VERDICT_TEXT = dict(zip(verdicts.VERDICTS,
+                        ("#117733", "#CC3311", "#0077BB", "#444444", "#888888", "#AAAAAA")))
 pd.set_option("display.width", 180, "display.max_columns", 40, "display.max_colwidth", None)
 
 
@@ -48,13 +49,20 @@ def published(name):
 
 
 def load(experiment, notebook, preset, seeds, results, data=None, train_missing=False, overrides={}):
-    """The store, and what is on record of an experiment; prints the command that trains the rest."""
+    """The store, and what is on record of an experiment; prints the command that trains the rest.
+
+    seeds None: every seed of which anything is on record, or 0.
+    """
     store = mas.open_store(preset, results)
-    found = experiments.ask(experiment, store, seeds, overrides, train_missing, data, partial=True)
-    missing = [key for seed in seeds for key in experiment(store, seed, overrides) if key not in found]
-    print(f"on record: {len(found)} of {len(found) + len(missing)} results")
+    asked = seeds if seeds is not None else seeds_on_record(preset, results) or [0]
+    found = experiments.ask(experiment, store, asked, overrides, train_missing, data, partial=True)
+    if seeds is None:
+        asked = sorted({seed for *_, seed in found}) or [0]
+    missing = [key for seed in asked for key in experiment(store, seed, overrides) if key not in found]
+    print(f"on record: {len(found)} of {len(found) + len(missing)} results;",
+          f"seeds {', '.join(map(str, asked))}")
     if missing:
-        options = f" --seeds {' '.join(map(str, seeds))}" if list(seeds) != [0] else ""
+        options = f" --seeds {' '.join(map(str, asked))}" if list(asked) != [0] else ""
         options += "".join(f" --set {key}={value}" for key, value in overrides.items())
         names = ", ".join(f"{method} ({tasks}, seed {seed})" for method, tasks, seed in missing[:4])
         print(f"missing: {names}{' and more' if len(missing) > 4 else ''}")
@@ -80,21 +88,25 @@ def check(store, results):
 
 
 def tidy(found):
-    """One row a result (a list has several): method, task set, seed, groups, losses, cost."""
-    fixed = ["method", "task_set", "seed", "groups", "total", "total_last", "minutes", "search_minutes",
-             "wh", "wh_estimated", "samples", "mb"]
-    rows = [
-        {"method": method, "task_set": tasks, "seed": seed, "groups": ",".join(r.groups), **r.losses,
-         "total": r.total, "total_last": r.total_last, "minutes": r.cost.seconds / 60,
-         "search_minutes": r.search_cost.seconds / 60 if r.search_cost else np.nan,
-         "wh": np.nan if r.cost.energy_kwh is None else r.cost.energy_kwh * 1000,
-         "wh_estimated": r.cost.energy_kwh_estimated * 1000, "samples": r.cost.samples,
-         "mb": (r.cost.bytes_up + r.cost.bytes_down) / 1e6}
-        for (method, tasks, seed), value in found.items()
-        for r in (value if isinstance(value, list) else [value])
-    ]
-    text = {name: str for name in ("method", "task_set", "groups")}
-    return pd.DataFrame(rows, columns=[*fixed, *mas.TASKS]).astype(text)
+    """`mas.results` of what is found, a row a result, with costs in units that suit small runs."""
+    runs = tables.tidy(found)
+    return runs.assign(
+        minutes=runs.train_seconds / 60, search_minutes=runs.search_seconds / 60,
+        wh=runs.energy_kwh * 1000, wh_estimated=runs.energy_kwh_estimated * 1000,
+        mb=runs.bytes_sent / 1e6)
+
+
+def with_changes(printed, tasks):
+    """A table of the paper with rows for what follows from it: change of each task's loss against
+    one-by-one (%), their mean (delta-m), training time over one-by-one's."""
+    wide = printed.pivot(index="method", columns="metric", values="mean").astype(float)
+    changes = 100 * (1 - wide[list(tasks)] / wide.loc["one-by-one", list(tasks)])
+    derived = {f"delta_{a}_percent": changes[a] for a in tasks}
+    derived["delta_m_percent"] = changes.mean(axis=1)
+    derived["time_ratio"] = wide.time_gpu_hours / wide.time_gpu_hours["one-by-one"]
+    rows = [{"method": method, "metric": metric, "mean": f"{value:.2f}", "std": ""}
+            for metric, values in derived.items() for method, value in values.items()]
+    return pd.concat([printed, pd.DataFrame(rows)], ignore_index=True).fillna("")
 
 
 def mean_std(values, digits=3):
@@ -105,13 +117,17 @@ def mean_std(values, digits=3):
 
 
 def beside(runs, printed, columns):
-    """Ours beside the paper's; columns: title -> (our column, the paper's metric, digits)."""
+    """Ours beside the paper's; columns: title -> (our column, the paper's metric, digits).
+
+    No column of ours: to be filled in.
+    """
     methods = list(dict.fromkeys([*printed.method, *runs.method]))
     cells = printed[["method", "metric", "mean", "std"]].values
     theirs = {(m, k): f"{mean} ± {std}" if std else mean for m, k, mean, std in cells}
     table = {}
     for title, (ours, metric, digits) in columns.items():
-        table[title, "ours"] = [mean_std(runs.loc[runs.method == m, ours], digits) for m in methods]
+        table[title, "ours"] = [mean_std(runs.loc[runs.method == m, ours], digits) if ours else "-"
+                                for m in methods]
         if metric:
             table[title, "paper"] = [theirs.get((m, metric), "-") for m in methods]
     return pd.DataFrame(table, index=pd.Index(methods, name="method"))
@@ -119,94 +135,178 @@ def beside(runs, printed, columns):
 
 def series(runs, method, tasks, column="total"):
     """A column by seed, empty where the method is not on record."""
-    return runs[(runs.method == method) & (runs.task_set == tasks)].set_index("seed")[column]
+    return tables.by_seed(runs, method, tasks, column)
 
 
-def times_faster(runs, better, worse, tasks, preset, results, overrides={}):
-    """Training time of `worse` over that of `better`: timed in one run where that is on record.
+def timed(preset, results, overrides={}):
+    """Training times over one-by-one's, timed in one run; none but for the small preset as it is."""
+    return tables.time_ratios(results) if preset == "small" and not overrides else {}
 
-    Trajectories on record were trained in different hours of a shared machine, whose speed varies;
-    `python -m benchmarks method_cost` times one round of all networks in turns, at preset small.
+
+def repeats(ratios, tasks, methods):
+    """Text for each method: median (least to greatest) of its times in one run, or a dash."""
+    found = [pd.Series(ratios.get((tasks, m), [])) for m in methods]
+    return [f"{r.median():.2f} ({r.min():.2f} to {r.max():.2f})" if len(r) else "-" for r in found]
+
+
+def times_faster(runs, better, worse, tasks, least, preset, results, overrides={}):
+    """Finding: training time of `worse` over that of `better`, at least `least`.
+
+    Trajectories on record were trained in different hours of a shared machine, whose speed varies.
+    Where `python -m benchmarks method_cost` has timed all methods in turns, that is judged.
     """
-    ratios = {"one-by-one": 1.0}
-    files = sorted(Path(results, "benchmarks").glob("*.json"))
-    for row in [r for f in files for r in json.loads(f.read_text())["subjects"].get("method_cost", [])]:
-        name, _, method = row["subject"].partition(": ")
-        if name == tasks:
-            ratios.setdefault(method.partition(" ")[0], row["median"])
-    if preset == "small" and not overrides and {better, worse} <= set(ratios):
-        factor = pd.Series([ratios[worse] / ratios[better]])
-        factor.attrs["note"] = "timed in one run"
-        return factor
-    return series(runs, worse, tasks, "minutes") / series(runs, better, tasks, "minutes")
+    ratios = timed(preset, results, overrides)
+    if {(tasks, better), (tasks, worse)} <= set(ratios):
+        return verdicts.timed(ratios[tasks, worse], least, ratios[tasks, better])
+    quotient = series(runs, worse, tasks, "minutes") / series(runs, better, tasks, "minutes")
+    return verdicts.paired(quotient, least, margin=None)
 
 
-def judge(*effects, least=0.0):
-    """Verdict and effect of a claim from its effect by seed; it holds above `least`.
-
-    A second effect is the same by another judge (the last round's model), both in per cent of total
-    loss. One seed: the distance from `least` must exceed NOISE and what the judges differ by.
-    Several seeds: the mean must lie beyond the 95 % bound of Student's t, one-sided.
-    """
-    note = getattr(effects[0], "attrs", {}).get("note", "one seed: no spread")
-    effects = [pd.Series(effect, dtype=float).dropna() for effect in effects]
-    if effects[0].empty:
-        return "not on record", ""
-    away = effects[0] - least
-    if len(away) > 1:
-        bound = student.ppf(0.95, len(away) - 1) * away.std() / np.sqrt(len(away))
-        clear = abs(away.mean()) > bound
-        effect = f"{mean_std(effects[0], 2)} ({len(away)} seeds)"
-    else:
-        moved = [max(NOISE, abs(e.mean() - effects[0].mean())) for e in effects[1:]]
-        clear = all(abs(away.mean()) >= m for m in moved)
-        effect = f"{mean_std(effects[0], 2)} ({note})"
-    return OPEN if not clear else HOLDS if away.mean() >= 0 else FAILS, effect
+def measured(found):
+    """Text of a finding: effect, interval, seeds, and what the interval is from if not from seeds."""
+    plain = found.basis.startswith("t over") or found.verdict in (verdicts.ONE_SEED, verdicts.ABSENT)
+    return f"{found}{'' if plain else f' ({found.basis})'}".strip()
 
 
 def judged(rows):
-    """Claims as a table; rows: (claim, the paper's number, least effect, effects by seed ...)."""
-    table = [(claim, *judge(*effects, least=least), str(printed))
-             for claim, printed, least, *effects in rows]
+    """Claims as a table, a verdict each, none corrected for the number of rows.
+
+    rows: (claim, the paper's number, Finding), or (claim, the paper's number, least effect at which
+    it holds, effect by seed) and for a loss in per cent the same by the last round's model.
+    """
+    table = []
+    for claim, printed, *rest in rows:
+        least, effect, last = (*rest, None, None)[:3]
+        found, note = rest[0], ""
+        if not isinstance(found, verdicts.Finding):
+            found = verdicts.paired(effect, least, None if last is None else verdicts.MARGIN)
+            if last is not None and len(pd.Series(last).dropna()):
+                note = f"; last round's model {pd.Series(last).mean():.2f}"
+        table.append((claim, found.verdict, measured(found) + note, str(printed)))
     return pd.DataFrame(table, columns=["claim", "verdict", "measured", "paper"])
 
 
 def say(table):
     """Print claims by verdict."""
-    for verdict, group in table.groupby("verdict", sort=False):
-        print(f"{verdict}:")
-        for claim, _, measured, printed in group.values:
-            print(f"  {claim}: {measured or '-'}; paper {printed}")
+    for verdict in verdicts.VERDICTS:
+        for i, (claim, _, measured, printed) in enumerate(table[table.verdict == verdict].values):
+            print(f"{verdict}:\n" * (i == 0) + f"  {claim}: {measured or '-'}; paper {printed}")
 
 
-def our_points(runs):
-    """Mean and standard deviation over seeds of time (minutes) and total loss, by method."""
+def draw_claims(table, noise):
+    """A figure of claims (`verdicts.table` with units): effects with intervals, a panel a unit.
+
+    noise: standard deviation of a paired difference (%), for rows of one seed.
+    """
+    units = {"%": "per cent", "times": "times as long", "share": "share", "x 1000": "affinity x 1000",
+             "% of rounds": "R0 (% of rounds)"}
+    units = {u: label for u, label in units.items() if (table.unit == u).any()}
+    heights = [(table.unit == u).sum() + 1.5 for u in units]
+    figure, axes = plt.subplots(len(units), 1, figsize=(11, 0.27 * sum(heights)), height_ratios=heights,
+                                squeeze=False)
+    for ax, (unit, label) in zip(axes.flat, units.items()):
+        part = table[table.unit == unit].reset_index(drop=True)
+        for y, r in part.iterrows():
+            c = VERDICT_TEXT[r.verdict]
+            whole = {"fmt": "o", "color": c, "ms": 5, "mfc": "white" if r.seeds == 1 else None}
+            if not np.isnan(r.low):
+                ax.plot([r.low, r.high], [y, y], color=c, lw=1.5)
+            elif unit == "%" and r.verdict == verdicts.ONE_SEED:
+                ax.plot(r.effect + 1.96 * noise * np.array([-1, 1]), [y, y], color=c, lw=1.2, ls=":")
+            ax.errorbar(r.effect, y, **whole)
+            ax.plot(r.least, y, "|", color="k", ms=9)
+            number = pd.to_numeric(r.paper, errors="coerce")
+            ax.plot(number, y, "D", color="0.5", mfc="none", ms=4)
+            seeds = f", {r.seeds} seeds" if r.seeds > 1 else ""
+            ax.annotate(r.verdict + seeds, (1.01, y), xycoords=("axes fraction", "data"), va="center",
+                        color=c, fontsize=8)
+        names = part.claim.str.replace(r" \([^()]*\)$", "", regex=True)
+        ax.set(yticks=range(len(part)), yticklabels=names, xlabel=label, ylim=(len(part) - 0.5, -0.5))
+        ax.tick_params(axis="y", labelsize=8, length=0)
+        if unit == "%":
+            ax.set_xscale("symlog", linthresh=2)
+            ax.set_xticks([-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50])
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.minorticks_off()
+            ax.axvline(0, color="0.2", lw=0.8)
+        elif unit == "% of rounds":
+            ax.axvspan(30, 40, color="0.9", zorder=0)
+            ax.set_xlim(0, 100)
+    axes[0, 0].set_title("The paper's claims, judged on procedural rooms")
+    return figure
+
+
+def our_points(runs, tasks, ratios={}):
+    """Time over one-by-one's and total loss by method: mean or median, and the ends of its bar.
+
+    Times of one run (`timed`), median and range of its repeats, where all methods have them; else
+    the records' means and standard deviations over seeds, which differ by the machine's load.
+    """
+    runs = runs[runs.task_set == tasks]
+    runs = runs.assign(time=runs.minutes / runs.seed.map(series(runs, "one-by-one", tasks, "minutes")))
     group = runs.groupby("method", sort=False)
-    mean, std = group[["minutes", "total"]].mean(), group[["minutes", "total"]].std()
-    return pd.DataFrame({"time": mean.minutes, "loss": mean.total,
-                         "time_std": std.minutes, "loss_std": std.total})
+    points = group.agg(time=("time", "mean"), loss=("total", "mean"), loss_std=("total", "std"),
+                       seeds=("seed", "nunique"))
+    spread = group.time.std()
+    points["time_low"], points["time_high"] = points.time - spread, points.time + spread
+    if len(points) and all((tasks, m) in ratios for m in points.index):
+        repeats = pd.DataFrame({m: ratios[tasks, m] for m in points.index})
+        points["time"], points["time_low"], points["time_high"] = (
+            repeats.median(), repeats.min(), repeats.max())
+    return points
 
 
 def paper_points(printed):
-    """The same of a table of the paper; time in GPU hours."""
+    """The same of a table of the paper: three runs, mean and standard deviation."""
     wide = printed.pivot(index="method", columns="metric", values=["mean", "std"]).astype(float)
-    return pd.DataFrame({"time": wide["mean"].time_gpu_hours, "loss": wide["mean"].total,
-                         "time_std": wide["std"].time_gpu_hours, "loss_std": wide["std"].total})
+    time, std = wide["mean"].time_gpu_hours, wide["std"].time_gpu_hours
+    base = time["one-by-one"]
+    return pd.DataFrame({"time": time / base, "loss": wide["mean"].total, "loss_std": wide["std"].total,
+                         "seeds": 3, "time_low": (time - std) / base, "time_high": (time + std) / base})
 
 
-def draw_points(ax, points, title, xlabel):
-    """Loss against time with standard deviations; a line joins the splits of a method."""
+def draw_points(ax, points, title):
+    """Loss against time with the bars of both; a line joins the splits of a method.
+
+    Hollow: one seed, whose loss has no bar.
+    """
     for family in FAMILIES:
         p = points[points.index.str.startswith(family)]
-        ax.errorbar(p.time, p.loss, p.loss_std, p.time_std, fmt="o-", lw=1, color=colour(family))
-    ax.set(title=title, xlabel=xlabel, ylabel="total test loss", xscale="log")
+        bars = np.clip([p.time - p.time_low, p.time_high - p.time], 0, None)
+        ax.errorbar(p.time, p.loss, p.loss_std, bars, fmt="-", lw=1, color=colour(family))
+        for time, loss, seeds in zip(p.time, p.loss, p.seeds):
+            ax.plot(time, loss, "o", color=colour(family), mfc=None if seeds > 1 else "white")
+    ax.set(title=title, xlabel="training time / one-by-one's (log scale)", ylabel="total test loss",
+           xscale="log")
     ax.margins(0.2)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
     bars = points.fillna(0)
     label_points(ax, [(p.time, p.loss, p.Index, colour(p.Index)) for p in points.itertuples()],
-                 bars=[(p.time, p.loss, p.time_std, p.loss_std) for p in bars.itertuples()])
+                 bars=[(p.time, p.loss, (p.time_high - p.time_low) / 2, p.loss_std)
+                       for p in bars.itertuples()])
+
+
+def draw_effects(ax, found, printed, xlabel):
+    """Effects with 95 % intervals, a method a row, coloured by method; diamonds are the paper's.
+
+    found: method -> Finding; printed: method -> the paper's number. Hollow dots: one seed. The axis
+    is linear to 5 and logarithmic beyond.
+    """
+    for y, (method, f) in enumerate(found.items()):
+        ends = [] if np.isnan(f.low) else [[f.effect - f.low], [f.high - f.effect]]
+        ax.errorbar(f.effect, y, xerr=ends or None, fmt="o", color=colour(method),
+                    mfc=None if f.seeds > 1 else "white")
+        if method in printed:
+            ax.plot(printed[method], y, "D", ms=5, color="0.6", mfc="none", zorder=1)
+    ax.axvline(0, color="0.2", lw=0.8)
+    ax.set(yticks=range(len(found)), yticklabels=list(found), xlabel=xlabel)
+    ax.set_xscale("symlog", linthresh=5)  # the paper's effects are up to ten times as large
+    ax.set_xticks([-40, -20, -10, -5, -2.5, 0, 2.5, 5, 10], minor=False)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
+    ax.invert_yaxis()
 
 
 def label_points(ax, points, sides=(1, -1, 0), bars=()):

@@ -140,6 +140,15 @@ def test_a_claim_of_several_effects_needs_them_all():
     assert judged(strong, by_seed()).verdict == judged().verdict == ABSENT
 
 
+def test_the_least_of_many_cannot_fail():
+    lost, won = by_seed(-3.0, -2.9, -3.1), by_seed(3.0, 2.9, 3.1)
+    assert verdicts.paired(lost).verdict == FAILS
+    bound = verdicts.at_least(verdicts.paired(lost))
+    assert (bound.verdict, bound.p) == (OPEN, 1) and bound.high < 0
+    assert verdicts.at_least(verdicts.paired(won)) == verdicts.paired(won)
+    assert verdicts.at_least(verdicts.paired(by_seed(-3))).verdict == ONE_SEED
+
+
 def test_noise_in_both_parts_seldom_makes_a_claim():
     """Neither part exists: the least of two is below zero on average, which is no failure."""
     rng = np.random.default_rng(1)
@@ -161,7 +170,7 @@ def test_one_seed_of_rounds_is_judged_by_bootstrap():
     clear = {0: rounds(np.random.default_rng(0), 10, mean=5.0)}
     found = verdicts.over_rounds(clear, lambda S: S[0, 1])
     assert found.verdict == HOLDS and found.effect == clear[0][:, 0, 1].mean()
-    assert found.basis == "bootstrap over 10 rounds, one seed" and found.low < 5 < found.high
+    assert found.basis == "bootstrap over 10 rounds" and found.low < 5 < found.high
     assert found == verdicts.over_rounds(clear, lambda S: S[0, 1])  # its draws are fixed
     short = verdicts.over_rounds({0: clear[0][:3]}, lambda S: S[0, 1])
     assert short.verdict == ONE_SEED and math.isnan(short.p)
@@ -247,6 +256,12 @@ def test_rand_index_and_its_distribution():
     every = verdicts.rand_indices(["sdn", "kt"], "sdnkt", 2)
     assert len(every) == 15 and np.sum(every == 1) == 1
     assert len(verdicts.rand_indices(["dr", "snkteca"], "sdnkterca", 2)) == 255
+
+
+def test_two_tasks_together_by_chance():
+    assert verdicts.together_by_chance(5, 2) == 7 / 15
+    shared = sum(any({0, 1} <= set(g) for g in p) for p in partitions(9, 4))
+    assert verdicts.together_by_chance(9, 4) == shared / len(partitions(9, 4)) == 1701 / 7770
 
 
 def test_likeness_is_compared_with_all_partitions():

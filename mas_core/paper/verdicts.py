@@ -116,6 +116,17 @@ def all_of(findings: Iterable[Finding], level: float = LEVEL) -> Finding:
     return replace(weakest, verdict=verdict, p=p, p_equivalent=p_equivalent)
 
 
+def at_least(finding: Finding, level: float = LEVEL) -> Finding:
+    """A finding whose effect is only a bound from below, such as the least of many: it cannot fail.
+
+    The mean of a least value lies below every mean, so "holds" is safe; what lies below zero may do
+    so by noise alone.
+    """
+    if not finding.effect < finding.least or math.isnan(finding.p):
+        return finding
+    return replace(finding, verdict=_read(-1, 1.0, finding.p_equivalent, level), p=1.0)
+
+
 def over_rounds(
     values: Mapping[int, np.ndarray],
     statistic: Callable[[np.ndarray], float],
@@ -146,7 +157,7 @@ def over_rounds(
     picked = ((starts[..., None] + np.arange(block)) % T).reshape(draws, -1)[:, :T]
     drawn = np.array([statistic(rounds[rows].mean(0)) for rows in picked])
     se = float(drawn.std(ddof=1)) * math.sqrt(T / (T - block))
-    basis = f"bootstrap over {T} rounds, one seed"
+    basis = f"bootstrap over {T} rounds"
     return _student(estimate, se, T // block - 1, least, None, level, 1, basis)
 
 
@@ -273,6 +284,15 @@ def chance(
     verdict = _read(value - mean, p, NAN, level)
     basis = f"p = {round(p * len(drawn))}/{len(drawn)}, all partitions into {x}"
     return Finding(verdict, value, float(low), float(high), len(groups), p, NAN, mean, basis)
+
+
+def together_by_chance(n: int, x: int) -> float:
+    """How often two given tasks of n share a group in a random partition into exactly x groups.
+
+    S(n-1, x) / S(n, x) with Stirling numbers of the second kind; an upper bound of how often they
+    do so for several numbers of groups up to x at once, whatever the dependence.
+    """
+    return len(partitions(n - 1, x)) / len(partitions(n, x))
 
 
 def clustered(

@@ -1,0 +1,96 @@
+"""What the notebooks share: which records they read, how they judge, which times they compare."""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mas_core.paper import experiments, verdicts
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "notebooks"))
+import common  # noqa: E402
+
+
+def test_seeds_are_those_on_record_unless_named(capsys):
+    def figure_5(seeds):
+        _, found = common.load(experiments.figure_5, "figure_05", "small", seeds, ROOT / "results")
+        return sorted({seed for *_, seed in found}), capsys.readouterr().out
+
+    assert figure_5([0, 1])[0] == [0, 1]
+    seeds, text = figure_5(None)
+    assert seeds[:3] == [0, 1, 2] and f"seeds {', '.join(map(str, seeds))}" in text
+    seeds, text = figure_5([0, 99])
+    assert seeds == [0] and "mas reproduce figure_05 --preset small --seeds 0 99" in text
+
+
+def test_nothing_on_record_is_told(tmp_path, capsys):
+    (tmp_path / "small").mkdir()
+    _, found = common.load(experiments.figure_7, "figure_07", "small", None, tmp_path)
+    assert found == {} and capsys.readouterr().out.splitlines() == [
+        "on record: 0 of 1 results; seeds 0", "missing: all-in-one (sdnkterca, seed 0)",
+        "to train them: mas reproduce figure_07 --preset small",
+    ]  # fmt: skip
+
+
+def test_rows_are_judged_by_the_verdicts():
+    better, last = pd.Series([1.5, 2.0, 2.5]), pd.Series([1.0, 2.0, 6.0])
+    near = pd.Series([-0.2, 0.1, 0.4])
+    table = common.judged([
+        ("a loss", "4.0", 0, better, last), ("a close loss", "", 0, near, near),
+        ("a share", "", 0, near), ("one seed", "", 0, better[:1], last[:1]),
+        ("a finding", 7, verdicts.timed([2.0, 2.1, 1.9], 1.75)), ("none", "", 0, better[:0]),
+    ])  # fmt: skip
+    assert table.verdict.tolist() == [
+        verdicts.HOLDS, verdicts.SAME, verdicts.OPEN, verdicts.ONE_SEED, verdicts.HOLDS,
+        verdicts.ABSENT,
+    ]  # fmt: skip
+    assert table.measured.tolist() == [
+        "2.00 [0.76, 3.24], 3 seeds; last round's model 3.00",
+        "0.10 [-0.65, 0.85], 3 seeds; last round's model 0.10", "0.10 [-0.65, 0.85], 3 seeds",
+        "1.50, 1 seed; last round's model 1.00",
+        "2.00 [1.76, 2.26] (timed 3 times in one run)", "",
+    ]  # fmt: skip
+
+
+def test_claims_are_printed_by_verdict(capsys):
+    rows = [("b", "", 0, pd.Series([1.0])), ("a", "2", 0, pd.Series([1.9, 2.1])), ("c", "3", 0, [])]
+    common.say(common.judged(rows))
+    assert capsys.readouterr().out.splitlines() == [
+        "holds:", "  a: 2.00 [0.73, 3.27], 2 seeds; paper 2",
+        "one seed:", "  b: 1.00, 1 seed; paper ",
+        "not on record:", "  c: -; paper 3",
+    ]  # fmt: skip
+
+
+def test_times_of_one_run_come_before_those_of_the_records(tmp_path):
+    runs = pd.DataFrame({"method": ["one-by-one", "MAS-2"], "task_set": "dk", "seed": 0,
+                         "minutes": [6.0, 2.0]})  # fmt: skip
+
+    def faster(preset="small", overrides=None, worse="one-by-one"):
+        given = 1.75, preset, tmp_path, overrides or {}
+        return common.times_faster(runs, "MAS-2", worse, "dk", *given)
+
+    assert faster().effect == 3.0 and faster().verdict == verdicts.ONE_SEED  # the records
+    timed = [{"subject": f"dk: {m} (d k)", "values": 3, "median": x, "min": x / 1.01,
+              "max": x * 1.01}
+             for m, x in (("MAS-2", 0.5), ("HOA-2", 4))]  # fmt: skip
+    (tmp_path / "benchmarks").mkdir()
+    record = tmp_path / "benchmarks" / "machine.json"
+    record.write_text(json.dumps({"subjects": {"method_cost": timed}}))
+    assert faster().effect == pytest.approx(2.0) and faster().verdict == verdicts.HOLDS
+    assert faster(worse="HOA-2").effect == pytest.approx(8.0)
+    assert faster(preset="smoke").effect == faster(overrides={"fl.lr": 1}).effect == 3.0
+    assert faster(worse="all-in-one").verdict == verdicts.ABSENT
+
+
+def test_changes_of_the_papers_numbers():
+    table = common.with_changes(common.paper("supplement_table_3"), "sdnkt")
+    value = table.set_index(["method", "metric"])["mean"].astype(float)
+    assert value["MAS-2", "delta_d_percent"] == round(100 * (1 - 0.231 / 0.261), 2)
+    each = [value["MAS-2", f"delta_{a}_percent"] for a in "sdnkt"]
+    assert value["MAS-2", "delta_m_percent"] == pytest.approx(sum(each) / 5, abs=0.006)
+    assert value["MAS-2", "time_ratio"] == round(8.8 / 16.9, 2)
+    assert value["one-by-one", "delta_m_percent"] == 0
