@@ -71,7 +71,8 @@ def tidy(
         ratio = (ratios or {}).get((tasks, method), [np.nan])
         for r in value if isinstance(value, list) else [value]:
             rows.append(_row(method, r, base) | {"time_ratio": float(np.median(ratio))})
-    return pd.DataFrame(rows, columns=list(RESULTS)).astype(RESULTS)
+    own = dict.fromkeys(name for row in rows for name in row if name not in RESULTS)
+    return pd.DataFrame(rows, columns=[*RESULTS, *own]).astype(RESULTS)
 
 
 def _row(method: str, r: MethodResult, base: MethodResult | None) -> dict[str, Any]:
@@ -147,16 +148,15 @@ def time_ratios(folder: Path | str) -> dict[tuple[str, str], list[float]]:
 def client_losses(store: Store, result: MethodResult) -> pd.DataFrame | None:
     """A method's test losses on every client's own test views: (clients, tasks).
 
-    A task in several groups has those of the group with its lowest test loss. NaN for a client
-    without test views; None where a record is older than these losses.
+    A task in several groups has those of the group that serves it. NaN for a client without test
+    views; None where a record is older than these losses.
     """
     finals = [part.trajectory for part in result.parts if part.end == part.trajectory.fl.rounds]
     records = [store.result(t) for t in finals if set(t.tasks) in map(set, result.groups)]
     columns = {}
     for a in result.tasks:
-        having = [r for r in records if r and a in r["test_best"]]
-        best = min(having, key=lambda r: r["test_best"][a])
-        if "test_best_clients" not in best:
+        (serving, *_) = [r for r in records if r and r["test_best"].get(a) == result.losses[a]]
+        if "test_best_clients" not in serving:
             return None
-        columns[a] = best["test_best_clients"][a]
+        columns[a] = serving["test_best_clients"][a]
     return pd.DataFrame(columns, dtype=float).rename_axis("client")

@@ -108,7 +108,7 @@ def all_of(findings: Iterable[Finding], level: float = LEVEL) -> Finding:
     downs = [f.p if f.effect < f.least else 1.0 for f in parts]
     equal = [min(up, f.p_equivalent) for f, up in zip(parts, ups)]
     if any(f.verdict == ONE_SEED for f in parts):
-        return replace(weakest, verdict=ONE_SEED, p=NAN, p_equivalent=NAN)
+        return Finding(ONE_SEED, weakest.effect, seeds=1, least=weakest.least, basis="one seed")
     up = weakest.effect > weakest.least
     p = max(ups) if up else min(1.0, len(parts) * min(downs))
     p_equivalent = NAN if any(math.isnan(f.p_equivalent) for f in parts) else max(equal)

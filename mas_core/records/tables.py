@@ -75,7 +75,9 @@ def records(preset: str = "small", results: Path | str | None = None) -> pd.Data
     """All trajectories of a preset, a row each: what determined them, losses, sums of cost."""
     root = results_folder(results) / preset
     rows = [_record(path.parent) for path in sorted(root.glob("*/config.json"))]
-    table = pd.DataFrame(rows, columns=[*RECORDS, *SETTINGS])
+    known = {*RECORDS, *SETTINGS}
+    own = dict.fromkeys(name for row in rows for name in row if name not in known)
+    table = pd.DataFrame(rows, columns=[*RECORDS, *SETTINGS, *own])
     return table.astype({name: kind for name, kind in RECORDS.items()})
 
 
