@@ -59,8 +59,8 @@ def load(experiment, notebook, preset, seeds, results, data=None, train_missing=
     if seeds is None:
         asked = sorted({seed for *_, seed in found}) or [0]
     missing = [key for seed in asked for key in experiment(store, seed, overrides) if key not in found]
-    print(f"on record: {len(found)} of {len(found) + len(missing)} results;",
-          f"seeds {', '.join(map(str, asked))}")
+    which = f"; seeds {', '.join(map(str, asked))}" if seeds is None else ""
+    print(f"on record: {len(found)} of {len(found) + len(missing)} results{which}")
     if missing:
         options = f" --seeds {' '.join(map(str, asked))}" if list(asked) != [0] else ""
         options += "".join(f" --set {key}={value}" for key, value in overrides.items())
