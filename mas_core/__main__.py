@@ -1,9 +1,10 @@
-"""The command line: mas demo | run | plan | reproduce | status | render | prepare."""
+"""The command line: mas demo | run | plan | reproduce | campaign | unpack | status | ..."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     from .config import UserError
 
+    before = signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C
     try:
         for name, least in (("workers", "1 and more"), ("timeout", "1 and more"),
+                            ("threads", "1 and more"),
                             ("images_per_second", "more than 0")):  # fmt: skip
             value = getattr(arguments, name, None)  # None: what the command finds right
             if value is not None and value <= 0:
@@ -36,6 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:  # a diverged or failed trajectory, a lost worker
         print(f"mas: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,78 +53,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="render, merge, measure, split, continue: a first look")
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text)
+        added.set_defaults(function=function)
+        return added
+
+    demo = command("demo", _demo, "render, merge, measure, split, continue: a first look")
     _records(demo)
-    _compute(demo, workers=None)
-    demo.set_defaults(function=_demo)
-
-    run = commands.add_parser("run", help="train one method and print its result")
-    run.add_argument("method", help="one-by-one, all-in-one, fedprox, gradnorm, hoa, tag or mas")
-    run.add_argument("--tasks", default="sdnkt", help="task letters out of sdnkterca")
-    run.add_argument("--splits", type=int, default=2, metavar="X", help="groups (mas, tag, hoa)")
-    run.add_argument("--seed", type=int, default=0)
-    _settings(run)
-    _records(run)
-    _compute(run)
-    run.set_defaults(function=_run)
-
-    plan = commands.add_parser("plan", help="what notebooks would train, what is done, the cost")
-    reproduce = commands.add_parser("reproduce", help="train what is missing, run the notebooks")
-    for command in (plan, reproduce):
-        command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="default: all")
-        command.add_argument("--seeds", type=int, nargs="+", default=None,
-                             help="default: 0; with --no-train each notebook's own")  # fmt: skip
-        _settings(command)
-    _results(plan)
-    _records(reproduce)
-    _compute(reproduce, workers=None)
-    plan.add_argument("--images-per-second", type=float, default=None, metavar="N",
-                      help="of five-task training, to time a preset not on record")  # fmt: skip
-    reproduce.add_argument("--figures", type=Path, default=Path("figures"))
-    reproduce.add_argument("--timeout", type=int, default=3600, help="seconds a notebook may take")
-    reproduce.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE",
-                           help="a parameter of the notebooks")  # fmt: skip
-    scale = reproduce.add_mutually_exclusive_group()
-    scale.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler, or its scheduler file")
-    scale.add_argument("--slurm", metavar="PARTITION",
-                       help="train on --workers Slurm jobs, one GPU each")  # fmt: skip
-    reproduce.add_argument("--no-train", action="store_true", help="only run what is on record")
-    reproduce.add_argument("--dry-run", action="store_true", help="print the Slurm job script")
-    plan.set_defaults(function=_plan)
-    reproduce.set_defaults(function=_reproduce)
-
-    status = commands.add_parser("status", help="what the records hold")
-    status.add_argument("--preset", default=None, help="default: every preset there is")
-    _results(status)
-    status.set_defaults(function=_status)
-
-    render = commands.add_parser("render", help="write procedural buildings in Taskonomy's layout")
-    render.add_argument("--out", type=Path, required=True)
-    render.add_argument("--buildings", type=int, default=32)
-    render.add_argument("--views", type=int, default=96, help="mean number of views a building")
-    render.add_argument("--size", type=int, default=64, help="pixels")
-    render.add_argument("--seed", type=int, default=0)
-    render.add_argument("--heterogeneity", type=float, default=0.7,
-                        help="0: one style for all buildings, 1: each its own")  # fmt: skip
-    render.add_argument("--workers", type=int, default=None, help="processes; default: all cores")
-    render.set_defaults(function=_render)
-
-    prepare = commands.add_parser("prepare", help="verify and decode a Taskonomy folder")
-    prepare.add_argument("--root", type=Path, required=True)
-    prepare.add_argument("--size", type=int, default=256, help="pixels")
-    prepare.add_argument("--out", type=Path, default=None, help="default: ROOT/prepared")
-    prepare.add_argument("--domains", nargs="+", default=None, help="default: all of the tasks")
-    prepare.add_argument("--table", default="mas_core.tasks:TASKS", metavar="MODULE:NAME",
-                         help="the tasks, where they are not the nine")  # fmt: skip
-    prepare.add_argument("--skip-broken", action="store_true",
-                         help="leave out views with a broken or missing file")  # fmt: skip
-    prepare.add_argument("--workers", type=int, default=None, help="threads; default: all cores")
-    prepare.set_defaults(function=_prepare)
+    _compute(demo)
+    _run_options(command("run", _run, "train one method and print its result"))
+    _plan_options(command("plan", _plan, "what notebooks would train, what is done, the cost"))
+    _reproduce_options(command("reproduce", _reproduce, "train what is missing, run the notebooks"))
+    _status_options(command("status", _status, "what the records hold"))
+    _render_options(command("render", _render, "write procedural buildings like Taskonomy's"))
+    _prepare_options(command("prepare", _prepare, "verify and decode a Taskonomy folder"))
     return parser
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="small", help="smoke, small or paper")
+    parser.add_argument("--preset", default="small", help="smoke, small, ... or paper")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="for example fl.local_epochs=2")  # fmt: skip
 
@@ -129,9 +85,20 @@ def _records(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=None, help="rooms or a prepared Taskonomy")
 
 
-def _compute(parser: argparse.ArgumentParser, workers: int | None = 1) -> None:
-    parser.add_argument("--workers", type=int, default=workers, help="processes on this machine")
+def _compute(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=None, help="processes on this machine")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if any")
+    parser.add_argument("--threads", type=int, default=None,
+                        help="of each process; default: 1 for small networks, "
+                        "else the cores shared out")  # fmt: skip
+
+
+def _computed(arguments: argparse.Namespace, workers: int = 1) -> Any:
+    """Compute, with this many workers where none are named."""
+    from .run.workers import Compute
+
+    elsewhere = {name: getattr(arguments, name, None) for name in ("dask", "slurm")}
+    return Compute(arguments.workers or workers, arguments.device, arguments.threads, **elsewhere)
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +114,18 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 def _demo(arguments: argparse.Namespace) -> None:
     from .paper.demo import demo
 
-    demo(arguments.results, arguments.data, arguments.workers, arguments.device)
+    workers = min(2, os.cpu_count() or 1)
+    demo(arguments.results, arguments.data, _computed(arguments, workers))
+
+
+def _run_options(run: argparse.ArgumentParser) -> None:
+    run.add_argument("method", help="one-by-one, all-in-one, fedprox, gradnorm, hoa, tag or mas")
+    run.add_argument("--tasks", default="sdnkt", help="task letters out of sdnkterca")
+    run.add_argument("--splits", type=int, default=2, metavar="X", help="groups (mas, tag, hoa)")
+    run.add_argument("--seed", type=int, default=0)
+    _settings(run)
+    _records(run)
+    _compute(run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -156,6 +134,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from .paper.demo import method_table
     from .records.store import open_store
     from .records.study import Study
+    from .run.workers import train_recipes
 
     if arguments.method not in METHODS:
         raise UserError(f"unknown method {arguments.method!r}; allowed: {', '.join(METHODS)}")
@@ -163,12 +142,24 @@ def _run(arguments: argparse.Namespace) -> None:
     store = open_store(arguments.preset, arguments.results)
     study = Study(arguments.tasks, chosen, arguments.seed, store)
     extra = {"splits": arguments.splits} if arguments.method in TAKES_SPLITS else {}
-    from .run.workers import train_recipes
-
     next(METHODS[arguments.method](study, **extra))  # tells at once what cannot be
     recipes = {arguments.method: METHODS[arguments.method](study, **extra)}
-    results = train_recipes(recipes, study, arguments.data, arguments.workers, arguments.device)
+    results = train_recipes(recipes, store, chosen, arguments.data, _computed(arguments))
     print(method_table(results.values()))
+
+
+def _notebooks(command: argparse.ArgumentParser) -> None:
+    command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="default: all")
+    command.add_argument("--seeds", type=int, nargs="+", default=None,
+                         help="default: 0; with --no-train each notebook's own")  # fmt: skip
+    _settings(command)
+
+
+def _plan_options(plan: argparse.ArgumentParser) -> None:
+    _notebooks(plan)
+    _results(plan)
+    plan.add_argument("--images-per-second", type=float, default=None, metavar="N",
+                      help="of five-task training, to time a preset not on record")  # fmt: skip
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -176,6 +167,22 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     print(plan(arguments.notebooks, arguments.preset, arguments.seeds or [0], _overrides(arguments),
                arguments.results, arguments.images_per_second))  # fmt: skip
+
+
+def _reproduce_options(reproduce: argparse.ArgumentParser) -> None:
+    _notebooks(reproduce)
+    _records(reproduce)
+    _compute(reproduce)
+    reproduce.add_argument("--figures", type=Path, default=Path("figures"))
+    reproduce.add_argument("--timeout", type=int, default=3600, help="seconds a notebook may take")
+    reproduce.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE",
+                           help="a parameter of the notebooks")  # fmt: skip
+    scale = reproduce.add_mutually_exclusive_group()
+    scale.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler, or its scheduler file")
+    scale.add_argument("--slurm", metavar="PARTITION",
+                       help="train on --workers Slurm jobs, one GPU each")  # fmt: skip
+    reproduce.add_argument("--no-train", action="store_true", help="only run what is on record")
+    reproduce.add_argument("--dry-run", action="store_true", help="print the Slurm job script")
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
@@ -189,7 +196,12 @@ def _reproduce(arguments: argparse.Namespace) -> int:
             raise UserError("--dry-run prints a Slurm job script: name the --slurm PARTITION")
         print(slurm_job_script(arguments.slurm, arguments.device or "cuda"))
         return 0
-    return reproduce(arguments, _overrides(arguments))
+    return reproduce(arguments, _overrides(arguments), _computed(arguments))
+
+
+def _status_options(status: argparse.ArgumentParser) -> None:
+    status.add_argument("--preset", default=None, help="default: every preset there is")
+    _results(status)
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -213,6 +225,17 @@ def _status(arguments: argparse.Namespace) -> None:
             print(f"  {id_:30} round {done:4}/{R}{total}{start}")
 
 
+def _render_options(render: argparse.ArgumentParser) -> None:
+    render.add_argument("--out", type=Path, required=True)
+    render.add_argument("--buildings", type=int, default=32)
+    render.add_argument("--views", type=int, default=96, help="mean number of views a building")
+    render.add_argument("--size", type=int, default=64, help="pixels")
+    render.add_argument("--seed", type=int, default=0)
+    render.add_argument("--heterogeneity", type=float, default=0.7,
+                        help="0: one style for all buildings, 1: each its own")  # fmt: skip
+    render.add_argument("--workers", type=int, default=None, help="processes; default: all cores")
+
+
 def _render(arguments: argparse.Namespace) -> None:
     from .config import UserError
     from .data.rooms import render_rooms
@@ -225,6 +248,18 @@ def _render(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     print(f"{summary['written']} views written, {summary['skipped']} were there: {arguments.out}")
+
+
+def _prepare_options(prepare: argparse.ArgumentParser) -> None:
+    prepare.add_argument("--root", type=Path, required=True)
+    prepare.add_argument("--size", type=int, default=256, help="pixels")
+    prepare.add_argument("--out", type=Path, default=None, help="default: ROOT/prepared")
+    prepare.add_argument("--domains", nargs="+", default=None, help="default: all of the tasks")
+    prepare.add_argument("--table", default="mas_core.tasks:TASKS", metavar="MODULE:NAME",
+                         help="the tasks, where they are not the nine")  # fmt: skip
+    prepare.add_argument("--skip-broken", action="store_true",
+                         help="leave out views with a broken or missing file")  # fmt: skip
+    prepare.add_argument("--workers", type=int, default=None, help="threads; default: all cores")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

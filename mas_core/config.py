@@ -212,6 +212,10 @@ class Settings:
                 f"client {max(self.fl.clients)} does not exist; "
                 f"allowed: 0 to {self.data.buildings - 1}"
             )
+        if self.data.size == self.model.output_stride and self.fl.batch_size == 1:
+            raise UserError(f"batch_size=1 with size={self.data.size} and output_stride="
+                            f"{self.model.output_stride}: one feature pixel a batch has no "
+                            "variance; allowed: batches of 2 and more")  # fmt: skip
         if self.data.size % self.model.output_stride:
             raise UserError(
                 f"size={self.data.size} is no multiple of output_stride={self.model.output_stride}"

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .config import Settings, UserError
+from .rules.fedavg import rule_of
 from .split import best_split, hoa_groups, partitions, tag_groups
 from .tasks import sort_tasks
 
@@ -248,5 +249,8 @@ def check_measured(study: Study) -> None:
     """A UserError where there will be nothing to split, or nothing to split by."""
     if len(study.tasks) == 1:
         raise UserError(f"tasks={study.tasks}: one task cannot be split; allowed: two and more")
+    if not rule_of(study.settings.fl).measures:
+        raise UserError(f"fl.method={study.settings.fl.method} measures no affinities to split by; "
+                        "allowed: fedavg")  # fmt: skip
     if not study.settings.fl.measure_rounds:
         raise UserError("fl.measure_rounds=0: no affinities to split by; allowed: 1 and more")

@@ -359,6 +359,9 @@ def label_ends(ax, ends, apart=0.055):
 
 def save(figure, name, preset, figures):
     """Write figures/<preset>/<name>.png and .pdf, without dates, so that equal figures are equal."""
+    if not any(ax.has_data() for ax in figure.axes):
+        print(f"nothing to draw: {name} is left as it is")
+        return
     folder = Path(figures, preset)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})

@@ -40,8 +40,8 @@ def refused(capsys, *argv):
 
 
 def messages(err):
-    """The lines of stderr that speak to the user; a bar may stand before them."""
-    return re.findall("mas: .*", err)
+    """The lines of stderr that speak to the user."""
+    return re.findall("^mas: .*", err, re.M)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,12 @@ def messages(err):
         (["reproduce", "figure_05_sdnkt", "-p", "seeds=1"], r"seeds=1 .*allowed: list, as in \[0"),
         (["reproduce", "figure_05_sdnkt", "-p", "seeds"], "write NAME=VALUE"),
         (["render", "--out", "out", "--size", "4"], "size must be .* 16 to 1024, not 4"),
+        (["run", "mas", "--set", "fl.method=fedprox"], "fl.method=fedprox measures no affinities"),
+        (["run", "mas", "--set", "data.size=16", "--set", "model.output_stride=16", "--set",
+          "fl.batch_size=1"], "batch_size=1 with size=16 .*allowed: batches of 2"),
+        (["run", "mas", "--threads", "0"], "--threads 0; allowed: 1"),
+        (["reproduce", "figure_04_data", "--dask", ""], "--dask is empty; allowed: the scheduler"),
+        (["reproduce", "figure_04_data", "--slurm", ""], "--slurm is empty; allowed: a partition"),
         (["render", "--out", "out", "--heterogeneity", "2"], r"lie in \[0, 1\], not 2"),
         (["prepare", "--root", "nowhere"], "nowhere does not exist"),
     ],

@@ -7,27 +7,22 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecu
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_methods import make_record
 
 from mas_core import engine
 from mas_core.config import UserError
+from mas_core.data.processes import local_workers
 from mas_core.federated import TrainingDiverged
 from mas_core.methods import Need, merge_and_split
 from mas_core.records.store import Store
 from mas_core.records.study import Study
 from mas_core.records.training import is_done, train
 from mas_core.records.trajectory import Trajectory
-from mas_core.run.engine import (
-    EngineError,
-    Progress,
-    choose_device,
-    collect,
-    local_workers,
-    run,
-    threads_per_worker,
-    with_ancestors,
-)
+from mas_core.run import workers
+from mas_core.run.engine import EngineError, choose_device, collect, run, with_ancestors
+from mas_core.run.progress import Progress
 
 VARY = ["seconds", "joules", "affinity_seconds"]
 
@@ -160,9 +155,8 @@ def test_a_failure_is_told_once_and_the_others_finish(single, store, monkeypatch
     with pytest.raises(EngineError) as error:
         run(recipes, store, tmp_path, progress=progress)
     text = str(error.value)
-    assert text.startswith("1 trajectories failed") and text.count("Traceback") == 1
-    assert text.count("TrainingDiverged: the loss of task 'd' is nan") == 1
-    assert text.count(whole.id) == 1 and "in __call__" in text  # where it was raised
+    # What was foreseen needs no traceback.
+    assert text == f"1 trajectory failed:\n  {whole.id}: the loss of task 'd' is nan"
     assert finished == ["independent"] and progress.failed == 1
     assert is_done(single("n"), 4, store) and is_done(single("e"), 4, store)
     assert [n.trajectory.tasks for n in jobs.asked].count("dkt") == 1
@@ -173,9 +167,15 @@ def test_two_failures_are_both_told(single, store, monkeypatch, tmp_path):
     jobs = Jobs(monkeypatch)
     jobs.errors |= {"d": RuntimeError("the first"), "k": UserError("the second")}
     recipes = {a: recipe([Need(single(a), 4)]) for a in "dkt"}
-    with pytest.raises(EngineError, match="2 trajectories failed") as error:
+    with pytest.raises(EngineError) as error:
         run(recipes, store, tmp_path)
-    assert "the first" in str(error.value) and "the second" in str(error.value)
+    d, k = single("d").id, single("k").id
+    lines = str(error.value).splitlines()
+    assert lines[:3] == ["2 trajectories failed:", f"  {d}: RuntimeError, see below",
+                         f"  {k}: the second"]  # fmt: skip
+    assert lines[4] == f"{d}:" and lines[-1] == "RuntimeError: the first"
+    text = str(error.value)
+    assert text.count("Traceback") == 1 and "in __call__" in text  # where it was raised
     assert is_done(single("t"), 4, store)
 
 
@@ -261,8 +261,55 @@ def test_a_killed_worker_is_told_in_one_line(single, store, folder):
         def submit(self, *job):
             raise BrokenExecutor("A child process terminated abruptly")
 
-    with pytest.raises(EngineError, match="^a worker process was killed, .*same command continues"):
-        run({0: recipe([Need(single("d"), 4)])}, store, folder, executor=Broken())
+    class Breaks(Executor):
+        def submit(self, *job):
+            future = Future()
+            future.set_exception(BrokenExecutor("A child process terminated abruptly"))
+            return future
+
+    for executor in (Broken(), Breaks()):
+        with pytest.raises(EngineError) as error:
+            run({0: recipe([Need(single("d"), 4)])}, store, folder, executor=executor)
+        assert str(error.value) == (
+            "a worker process was killed, perhaps for want of memory; what was done is kept, the "
+            "same command continues; --workers may be lower"
+        )
+
+
+def test_in_order_of_worth_until_there_is_no_time(single, store, monkeypatch, tmp_path):
+    """Without a budget the longest comes first; with one the first recipe's needs do."""
+    jobs = Jobs(monkeypatch, seconds=0.4)
+    monkeypatch.setattr(engine, "train_job", lambda *a: jobs(*a[:7]))  # without the time to stop
+    recipes = {a: recipe([Need(single(a), 4)], value=a) for a in ("d", "dkt", "k", "n")}
+    late = time.time() + 0.9  # a third one would end later
+    assert run(recipes, store, tmp_path, stop_at=late) == {"d": "d", "dkt": "dkt"}
+    assert [n.trajectory.tasks for n in jobs.asked] == ["d", "dkt"]
+
+
+def test_what_runs_stops_between_two_rounds(single, store, folder, monkeypatch):
+    """A round is taken to last as long as the one before; it is on record, with its checkpoint."""
+    d, clock = single("d"), [100.0]
+
+    def now():
+        clock[0] += 10.0  # asked for once before every round
+        return clock[0]
+
+    monkeypatch.setattr(engine, "time", type("Clock", (), {"time": staticmethod(now)}))
+    where = (str(store.results), "small", str(folder), "cpu", 1)
+    with pytest.raises(engine.OutOfTime, match=f"{d.id} stopped at round 2"):
+        engine.train_job(d, 4, *where, stop_at=144.0)  # 110 begun, 120, 130, 140: to 150
+    assert store.rounds_done(d) == 2
+    engine.train_job(d, 4, *where)
+    assert store.result(d) is not None
+
+
+def test_a_job_leaves_the_number_of_threads_as_it_was(single, store, folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(engine, "train", lambda *a: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    for threads in (3, None):
+        engine.train_job(single("d"), 4, str(store.results), "small", str(folder), "cpu", threads)
+    assert seen == [3, before] and torch.get_num_threads() == before
 
 
 def test_two_processes_give_the_records_of_one(settings, folder, store, tmp_path):
@@ -314,5 +361,7 @@ def test_devices_and_threads(monkeypatch):
     for name in ("abacus", "meta"):  # the second holds no numbers
         with pytest.raises(UserError, match=f"unknown device '{name}'"):
             choose_device(name)
-    monkeypatch.setattr(engine.os, "cpu_count", lambda: 8)
-    assert [threads_per_worker(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: 8)
+    assert [workers.default_threads("full", n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert [workers.default_threads(size) for size in ("tiny", "small", "half")] == [1, 1, 8]
+    assert workers.default_threads("full", 1, elsewhere=True) is None

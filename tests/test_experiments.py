@@ -1,12 +1,15 @@
 """What each figure asks for: recipes, what they share, what is said when it is not there."""
 
+import shlex
 from dataclasses import replace
 
 import pytest
 
 from mas_core import experiments, training
-from mas_core.paper.experiments import Missing, ask
+from mas_core.__main__ import _overrides, _parser
+from mas_core.paper.experiments import Missing, ask, chosen, recipes_of, reproduce_command
 from mas_core.records.store import Store
+from mas_core.run import workers
 from mas_core.run.engine import collect
 
 TINY = {
@@ -108,10 +111,25 @@ def test_seeds_and_overrides_reach_every_trajectory(small):
 
 
 def test_missing_records_name_the_command(small):
-    with pytest.raises(Missing, match="at least 1 trajectories .* mas reproduce figure_7 --preset"):
-        ask(experiments.figure_7, small)
-    with pytest.raises(Missing, match="train them with: mas reproduce figure_07"):
+    how = {"seeds": (0, 3), "overrides": {"fl.rounds": 50}}
+    with pytest.raises(Missing, match="^at least 2 trajectories are not on record; ") as told:
+        ask(experiments.figure_7, small, **how)
+    command = str(told.value).partition("train them with: ")[2]
+    assert command == (
+        "mas reproduce figure_07_affinities --preset small --seeds 0 3 --set fl.rounds=50"
+    )
+    typed = _parser().parse_args(shlex.split(command)[1:])
+    (stem,) = chosen(typed.notebooks)
+    asked = recipes_of([stem], Store(small.results, typed.preset), typed.seeds, _overrides(typed))
+    wanted = {n.trajectory for n in collect(asked, small)[1]}
+    for seed in (0, 3):
+        assert first_needs(experiments.figure_7, small, seed, {"fl.rounds": 50}) <= wanted
+    text = reproduce_command("claims", "small", (0,), {"fl.method": "my module:Rule"})
+    assert text == "mas reproduce claims --preset small --set 'fl.method=my module:Rule'"
+    with pytest.raises(Missing, match="train them with: mas reproduce figure_07$"):
         ask(experiments.figure_7, small, command="mas reproduce figure_07")
+    with pytest.raises(Missing, match=r"train them with: ask\(..., train_missing=True\)$"):
+        ask(lambda *a: experiments.figure_7(*a), small)  # an experiment of one's own
     assert ask(experiments.figure_7, small, partial=True) == {}
     assert not small.root.exists()
 
@@ -138,6 +156,14 @@ def test_asking_trains_what_is_missing_when_told_to_and_only_then(folder, tmp_pa
     }
     with pytest.raises(Missing, match="at least 1 "):
         ask(pair, store, seeds=(0, 2), overrides=TINY)
+
+
+def test_asking_trains_on_the_gpu_there_is(small, folder, monkeypatch):
+    used = []
+    monkeypatch.setattr(workers, "choose_device", lambda name: "the GPU" if name is None else name)
+    monkeypatch.setattr(workers, "run", lambda *a, **how: used.append(a[3]) or {})
+    ask(experiments.figure_7, small, overrides=TINY, train_missing=True, data_folder=str(folder))
+    assert used == ["the GPU"]
 
 
 def test_needs_are_those_that_are_not_on_record(folder, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mas_core.paper.reproduce import NOTEBOOKS
+from mas_core.paper.experiments import NOTEBOOKS
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -1,27 +1,37 @@
 """Notebooks that fail, die or hang are told from those that ran."""
 
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
+from matplotlib.figure import Figure
+from test_methods import make_record
 
 from mas_core.__main__ import main
 from mas_core.config import UserError
-from mas_core.paper import reproduce
+from mas_core.config import settings as preset_settings
+from mas_core.methods import Need
+from mas_core.paper import experiments, reproduce
+from mas_core.records.store import Store
+from mas_core.records.trajectory import Trajectory
+
+SMOKE = preset_settings("smoke")
 
 
 def test_notebooks_are_named_by_stem_file_or_path():
     names = ["figure_05_sdnkt", "notebooks/claims.ipynb", "claims"]
-    assert reproduce.chosen(names) == ["figure_05_sdnkt", "claims"]
-    assert reproduce.chosen([]) == list(reproduce.NOTEBOOKS)
+    assert experiments.chosen(names) == ["figure_05_sdnkt", "claims"]
+    assert experiments.chosen([]) == list(experiments.NOTEBOOKS)
     with pytest.raises(UserError, match="unknown notebook 'figure_5'; allowed: .*table_1_opt"):
-        reproduce.chosen(["figure_5"])
+        experiments.chosen(["figure_5"])
 
 
 def test_every_committed_notebook_stands_in_the_table():
     there = {path.stem for path in Path(__file__).parent.parent.glob("notebooks/*.ipynb")}
-    assert there <= set(reproduce.NOTEBOOKS)
+    assert there <= set(experiments.NOTEBOOKS)
 
 
 def notebook(*cells):
@@ -91,14 +101,71 @@ def test_parameters_are_literals_or_text_and_never_run():
     assert reproduce._given(given) == values
 
 
+@pytest.fixture
+def one_alone(monkeypatch):
+    """An experiment of one recipe that needs the record of `one_alone`'s trajectory."""
+    fl = replace(SMOKE.fl, measure_rounds=0)
+    trajectory = Trajectory("d", 0, SMOKE.data, SMOKE.model, fl)
+
+    def experiment(store, seed, overrides):
+        def needs(of_seed):
+            yield [Need(replace(trajectory, seed=of_seed), fl.rounds)]
+
+        return {("there", "d", seed): needs(seed), ("absent", "d", seed): needs(seed + 7)}
+
+    monkeypatch.setitem(experiments.NOTEBOOKS, "figure_05_sdnkt", (experiment,))
+    return trajectory
+
+
+def test_a_notebook_without_records_leaves_its_figures_alone(
+    tmp_path, one_alone, monkeypatch, capsys
+):
+    ran = []
+
+    def run_notebooks(folder, parameters, *rest):
+        ran.extend(parameters)
+        return [dict(notebook=stem, status="ok", seconds=1, figures=2) for stem in parameters]
+
+    monkeypatch.setattr(reproduce, "run_notebooks", run_notebooks)
+    command = ["reproduce", "figure_05_sdnkt", "figure_04_data", "--no-train", "--seeds", "0",
+               "--preset", "smoke", "--results", str(tmp_path)]  # fmt: skip
+    assert main(command) == 1
+    assert ran == ["figure_04_data"]  # which needs no records
+    table = capsys.readouterr().out
+    assert re.search(r"figure_05_sdnkt +no records +0 +0 +all", table)
+    make_record(Store(tmp_path, "smoke"), Need(one_alone, SMOKE.fl.rounds))
+    assert main(command) == 0
+    assert ran[1:] == ["figure_05_sdnkt", "figure_04_data"]
+    assert re.search(r"figure_05_sdnkt +ok +1 +2 +absent \(d, seed 0\)", capsys.readouterr().out)
+
+
+def test_an_empty_figure_is_not_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "notebooks")
+    import common
+
+    good = tmp_path / "small" / "figure.png"
+    good.parent.mkdir()
+    good.write_text("drawn before")
+    figure = Figure()
+    axes = figure.subplots(1, 2)
+    common.save(figure, "figure", "small", tmp_path)
+    assert good.read_text() == "drawn before" and list(good.parent.iterdir()) == [good]
+    assert capsys.readouterr().out == "nothing to draw: figure is left as it is\n"
+    axes[1].plot([1, 2])
+    common.save(figure, "figure", "small", tmp_path)
+    assert good.read_bytes().startswith(b"\x89PNG")
+
+
 def test_no_train_draws_what_is_on_record(tmp_path, monkeypatch, capsys):
     trained, given = [], []
 
     def run_notebooks(folder, parameters, *rest):
         given.append(parameters["figure_05_sdnkt"].get("seeds"))
-        return [dict(notebook="x", status="ok")]
+        return [dict(notebook="figure_05_sdnkt", status="ok")]
 
-    monkeypatch.setattr("mas_core.run.workers.train_recipes", lambda *a: trained.append(a))
+    monkeypatch.setattr(reproduce, "not_on_record", lambda *a: "")
+
+    monkeypatch.setattr(reproduce, "train_recipes", lambda *a: trained.append(a))
     monkeypatch.setattr(reproduce, "run_notebooks", run_notebooks)
     command = ["reproduce", "figure_05_sdnkt", "--results", str(tmp_path)]
     assert main([*command, "--no-train"]) == 0 and not trained

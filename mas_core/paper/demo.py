@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,21 +11,19 @@ from ..config import settings
 from ..methods import all_in_one, merge_and_split, one_by_one
 from ..records.store import open_store
 from ..records.study import MethodResult, Study
+from ..run.workers import Compute, train_recipes
 from ..tasks import TASKS
 
 
-def demo(results: Path, data: Path | None, workers: int | None, device: str | None) -> None:
+def demo(results: Path, data: Path | None, compute: Compute) -> None:
     """One-by-one, all-in-one and MAS-2 on sdnkt; prints a table, writes RESULTS/smoke/demo.png."""
-    from ..run.workers import train_recipes
-
     study = Study("sdnkt", settings("smoke", "sdnkt"), 0, open_store("smoke", results))
     recipes = {
         "one-by-one": one_by_one(study),
         "all-in-one": all_in_one(study),
         "MAS-2": merge_and_split(study, 2),
     }
-    workers = workers or min(2, os.cpu_count() or 1)
-    found = train_recipes(recipes, study, data, workers, device)
+    found = train_recipes(recipes, study.store, study.settings, data, compute)
     constant = study.store.result(study.all_in_one())["test_constant"]
     print(method_table(found.values(), constant))
     groups, mas = " and ".join(found["MAS-2"].groups), study.settings.mas

@@ -7,16 +7,19 @@ varied setting behind it where there is one: ("MAS-2 R0=30", "sdnkt", 0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from .. import methods
-from ..config import settings
+from ..config import UserError, settings
 from ..methods import Recipe
 from ..records.store import Store
 from ..records.study import Study
-from ..run.engine import collect, run
+from ..run.engine import collect
+from ..run.workers import Compute, train_recipes
 from ..tasks import TASK_SETS
 
 Key = tuple[str, str, int]
@@ -264,6 +267,61 @@ def _all_in_one(
     }
 
 
+NOTEBOOKS: dict[str, tuple[Experiment, ...]] = {
+    "00_tour": (tour,),
+    "explore_affinities": (explore_affinities,),
+    "figure_01_overview": (figure_1,),
+    "figure_04_data": (),
+    "figure_05_sdnkt": (figure_5,),
+    "figure_06_erckt_sdnkterca": (figure_6,),
+    "figure_07_affinities": (figure_7,),
+    "figure_08_merge_rounds": (figure_8,),
+    "figure_09_standalone": (figure_9,),
+    "figure_10_local_epochs_clients": (figure_10, longer_rounds),
+    "table_1_optimal_worst": (table_1,),
+    "table_2_more_clients": (table_2,),
+    "supplement_tables_1_2_splits": (supplement_tables_1_2,),
+    "supplement_figure_3_validation": (supplement_figure_3,),
+    "ablation_schedule_gradient": (ablation,),
+    "what_makes_it_work": (controls, every_split),
+    "your_own_tasks": (),
+    "published_taskonomy": (published_taskonomy, figure_7),
+    "claims": (figure_5, figure_6, figure_7, figure_8, figure_9, figure_10, table_1,
+               table_2),
+}  # fmt: skip
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """Notebook names, with or without folder and .ipynb, as stems; none: all of them."""
+    stems = [Path(name).name.removesuffix(".ipynb") for name in names]
+    for name, stem in zip(names, stems):
+        if stem not in NOTEBOOKS:
+            raise UserError(f"unknown notebook {name!r}; allowed: {', '.join(NOTEBOOKS)}")
+    return list(dict.fromkeys(stems)) or list(NOTEBOOKS)
+
+
+def recipes_of(
+    stems: Iterable[str], store: Store, seeds: Iterable[int], overrides: dict[str, Any]
+) -> dict[Any, Any]:
+    """Every recipe that notebooks ask for, by (notebook, experiment, the recipe's key)."""
+    return {
+        (stem, experiment.__name__, *key): recipe
+        for stem in stems
+        for experiment in NOTEBOOKS[stem]
+        for seed in seeds
+        for key, recipe in experiment(store, seed, overrides).items()
+    }
+
+
+def reproduce_command(
+    notebook: str, preset: str, seeds: Iterable[int], overrides: dict[str, Any]
+) -> str:
+    """What to type to train what a notebook asks for."""
+    seeds = " ".join(map(str, seeds))
+    text = f"mas reproduce {notebook} --preset {preset}" + f" --seeds {seeds}" * (seeds != "0")
+    return text + "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in overrides.items())
+
+
 class Missing(LookupError):
     """Some trajectories are not on record; the message is the command that trains them."""
 
@@ -284,16 +342,18 @@ def ask(
     command, or with `partial` leaves out the recipes whose trajectories are not all on record.
     """
     recipes: Recipes = {}
+    seeds = list(seeds)
     for seed in seeds:
         recipes |= experiment(store, seed, overrides or {})
     if train_missing:
-        from ..data.clients import ensure_rooms
-
-        chosen = settings(store.preset, overrides=overrides)
-        return run(recipes, store, ensure_rooms(chosen.data, data_folder, progress=False))
+        base = settings(store.preset, overrides=overrides)
+        return train_recipes(recipes, store, base, data_folder, Compute())
     results, missing = collect(recipes, store)
     if missing and not partial:
-        tell = command or f"mas reproduce {experiment.__name__} --preset {store.preset}"
+        names = [stem for stem, asked in NOTEBOOKS.items() if experiment in asked]
+        tell = command or "ask(..., train_missing=True)"
+        if names and not command:
+            tell = reproduce_command(names[0], store.preset, seeds, overrides or {})
         count = len({need.trajectory.id for need in missing})
         raise Missing(f"at least {count} trajectories are not on record; train them with: {tell}")
     return results

@@ -21,7 +21,7 @@ from ..records.store import Affinities, Store, open_store
 from ..records.training import is_done
 from ..records.trajectory import Trajectory
 from ..run.engine import with_ancestors
-from .reproduce import chosen, recipes_of
+from .experiments import chosen, recipes_of
 
 TASKONOMY_IMAGES = 10_000  # assumed images a building: the paper's hold 4,000 to 16,000
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)

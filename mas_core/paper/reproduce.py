@@ -1,4 +1,4 @@
-"""Train what notebooks ask for, then run them by papermill; and which notebook asks for what."""
+"""Train what notebooks ask for, then run them by papermill."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +20,15 @@ import pandas as pd
 from ..config import UserError, settings
 from ..data.clients import rooms_folder
 from ..records.store import Store, open_store
-from ..records.study import Study
-from ..run.engine import EngineError, collect, threads_per_worker
-from . import experiments as x
+from ..run.engine import EngineError, collect
+from ..run.workers import Compute, train_recipes
+from .experiments import Recipes, chosen, recipes_of
 
-NOTEBOOKS: dict[str, tuple[x.Experiment, ...]] = {
-    "00_tour": (x.tour,),
-    "explore_affinities": (x.explore_affinities,),
-    "figure_01_overview": (x.figure_1,),
-    "figure_04_data": (),
-    "figure_05_sdnkt": (x.figure_5,),
-    "figure_06_erckt_sdnkterca": (x.figure_6,),
-    "figure_07_affinities": (x.figure_7,),
-    "figure_08_merge_rounds": (x.figure_8,),
-    "figure_09_standalone": (x.figure_9,),
-    "figure_10_local_epochs_clients": (x.figure_10, x.longer_rounds),
-    "table_1_optimal_worst": (x.table_1,),
-    "table_2_more_clients": (x.table_2,),
-    "supplement_tables_1_2_splits": (x.supplement_tables_1_2,),
-    "supplement_figure_3_validation": (x.supplement_figure_3,),
-    "ablation_schedule_gradient": (x.ablation,),
-    "what_makes_it_work": (x.controls, x.every_split),
-    "your_own_tasks": (),
-    "published_taskonomy": (x.published_taskonomy, x.figure_7),
-    "claims": (x.figure_5, x.figure_6, x.figure_7, x.figure_8, x.figure_9, x.figure_10, x.table_1,
-               x.table_2),
-}  # fmt: skip
+CORES = os.cpu_count() or 1
 
 
-def chosen(names: Sequence[str]) -> list[str]:
-    """Notebook names, with or without folder and .ipynb, as stems; none: all of them."""
-    stems = [Path(name).name.removesuffix(".ipynb") for name in names]
-    for name, stem in zip(names, stems):
-        if stem not in NOTEBOOKS:
-            raise UserError(f"unknown notebook {name!r}; allowed: {', '.join(NOTEBOOKS)}")
-    return list(dict.fromkeys(stems)) or list(NOTEBOOKS)
-
-
-def recipes_of(
-    stems: Iterable[str], store: Store, seeds: Iterable[int], overrides: dict[str, Any]
-) -> dict[Any, Any]:
-    """Every recipe that notebooks ask for, by (notebook, experiment, the recipe's key)."""
-    return {
-        (stem, experiment.__name__, *key): recipe
-        for stem in stems
-        for experiment in NOTEBOOKS[stem]
-        for seed in seeds
-        for key, recipe in experiment(store, seed, overrides).items()
-    }
-
-
-def reproduce(arguments: Namespace, overrides: dict[str, Any]) -> int:
+def reproduce(arguments: Namespace, overrides: dict[str, Any], compute: Compute) -> int:
     """Train what the named notebooks miss, run them, print a table; 1 where anything failed."""
-    from ..run.workers import train_recipes
-
     stems, preset = chosen(arguments.notebooks), arguments.preset
     seeds = arguments.seeds or [0]
     base = settings(preset, overrides=overrides)
@@ -94,23 +49,39 @@ def reproduce(arguments: Namespace, overrides: dict[str, Any]) -> int:
     parameters = {s: checked(folder / f"{s}.ipynb", standard, given) for s in stems}
     store, failed = open_store(preset, arguments.results), False
 
-    def recipes() -> dict[Any, Any]:  # what several notebooks share, once
+    def recipes() -> Recipes:  # what several notebooks share, once
         return {k[1:]: r for k, r in recipes_of(stems, store, seeds, overrides).items()}
 
     if not arguments.no_train and collect(recipes(), store)[1]:
         try:
-            train_recipes(
-                recipes(), Study("sdnkt", base, 0, store), arguments.data, arguments.workers or 1,
-                arguments.device, arguments.dask, arguments.slurm,
-            )  # fmt: skip
+            train_recipes(recipes(), store, base, arguments.data, compute)
         except EngineError as error:
             print(f"mas: {error}", file=sys.stderr)
             failed = True
-    slots = min(arguments.workers or 1000, os.cpu_count() or 1)
-    rows = run_notebooks(folder, parameters, store.root / "notebooks",
+    slots, missing = min(arguments.workers or 1000, CORES), {}
+    for stem in stems:
+        own = parameters[stem].get("seeds") or _literal(
+            _inspected(folder / f"{stem}.ipynb").get("seeds", "[0]"), [0]
+        )
+        missing[stem] = not_on_record(recipes_of([stem], store, own, overrides), store)
+    drawn = {s: p for s, p in parameters.items() if missing[s] != "all"}
+    rows = run_notebooks(folder, drawn, store.root / "notebooks",
                          arguments.figures / preset, slots, arguments.timeout)  # fmt: skip
+    rows = [row | {"not on record": missing[row["notebook"]]} for row in rows]
+    rows += [{"notebook": stem, "status": "no records", "seconds": 0, "figures": 0,
+              "not on record": "all"} for stem in stems if stem not in drawn]  # fmt: skip
     print(pd.DataFrame(rows).to_string(index=False))
     return int(failed or any(row["status"] != "ok" for row in rows))
+
+
+def not_on_record(recipes: Recipes, store: Store) -> str:
+    """What a notebook will lack, in words: "" for nothing, "all" where it has nothing to draw."""
+    found = collect(recipes, store)[0]
+    lacking = [key[2:] for key in recipes if key not in found]
+    if len(lacking) == len(recipes):
+        return "all" if recipes else ""
+    names = ", ".join(f"{method} ({tasks}, seed {seed})" for method, tasks, seed in lacking[:3])
+    return names + f" and {len(lacking) - 3} more" * (len(lacking) > 3)
 
 
 def notebooks_folder() -> Path:
@@ -147,9 +118,7 @@ def checked(path: Path, standard: dict[str, Any], given: dict[str, Any]) -> dict
 
     A UserError for a parameter given that it lacks, or of another type than its default's.
     """
-    import papermill
-
-    has = {name: p["default"] for name, p in papermill.inspect_notebook(str(path)).items()}
+    has = _inspected(path)
     unknown = [name for name in given if name not in has]
     if unknown:
         raise UserError(f"{path.stem} has no parameter {', '.join(unknown)}; "
@@ -163,6 +132,13 @@ def checked(path: Path, standard: dict[str, Any], given: dict[str, Any]) -> dict
                             f"{type(value).__name__}; allowed: {type(default).__name__}, "
                             f"as in {default!r}")  # fmt: skip
     return values
+
+
+def _inspected(path: Path) -> dict[str, str]:
+    """The parameters of a notebook and their defaults, as it has them written."""
+    import papermill
+
+    return {name: p["default"] for name, p in papermill.inspect_notebook(str(path)).items()}
 
 
 def run_notebooks(
@@ -186,7 +162,7 @@ def run_notebooks(
             while waiting and len(running) < slots:
                 stem = waiting.pop(0)
                 (out / f"{stem}.ipynb").unlink(missing_ok=True)
-                process = _start(folder, stem, parameters[stem], out, threads_per_worker(slots))
+                process = _start(folder, stem, parameters[stem], out, max(1, CORES // slots))
                 running[stem] = (process, time.time())
                 print(f"running {stem}", file=sys.stderr)
             time.sleep(0.2)

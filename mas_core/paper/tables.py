@@ -20,7 +20,7 @@ from ..records.store import Store, open_store
 from ..records.study import MethodResult
 from ..records.tables import results_folder, seeds_on_record
 from ..tasks import TASKS
-from .experiments import Experiment, Key, ask
+from .experiments import NOTEBOOKS, Experiment, Key, ask
 
 # Columns of `results` and their types.
 RESULTS: dict[str, str] = {
@@ -45,8 +45,6 @@ def results(
     results      None: the folder results/ here, or that of the clone
     experiments  None: all that a notebook asks for
     """
-    from .reproduce import NOTEBOOKS
-
     folder = results_folder(results)
     if experiments is None:
         experiments = dict.fromkeys(e for several in NOTEBOOKS.values() for e in several)

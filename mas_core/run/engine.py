@@ -8,47 +8,35 @@ the store is shared: a driver or worker that dies costs the rounds since the las
 from __future__ import annotations
 
 import os
-import signal
 import time
 import traceback
-from collections.abc import Callable, Generator
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    BrokenExecutor,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    wait,
-)
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import UserError
+from ..config import Data, UserError
+from ..federated import TrainingDiverged
 from ..methods import Need
 from ..records.store import Store
 from ..records.training import is_done, train
 from ..records.trajectory import Trajectory
 from .cuda_graph import CapturedSteps
+from .progress import Progress
+
+Recipes = dict[Any, Generator[list[Need], None, Any]]
+KEPT = "what was done is kept, the same command continues"
 
 
 class EngineError(RuntimeError):
-    """Some trajectories failed; the message holds each traceback once."""
+    """Some trajectories failed, or the workers are gone; the message says which and why."""
 
 
-@dataclass
-class Progress:
-    """What a driver knows while it runs; another thread may read it to show it."""
-
-    done: int = 0  # trajectories on record, counted when a recipe needs them
-    failed: int = 0
-    workers: int = 1  # how many jobs can be out at a time, by now
-    running: list[Need] = field(default_factory=list)
-    begun: dict[str, int] = field(default_factory=dict)  # id -> rounds on record when handed out
-    waiting: list[Need] = field(default_factory=list)
+class OutOfTime(Exception):
+    """A trajectory stopped between two rounds, for want of time for another."""
 
 
 def train_job(
@@ -59,12 +47,27 @@ def train_job(
     data_folder: str,
     device: str,
     threads: int | None,
+    stop_at: float | None = None,
 ) -> None:
-    """One trajectory in whatever process this is; everything it takes can be sent anywhere."""
-    if threads:
-        torch.set_num_threads(threads)
-    store = Store(results, preset)
-    train(trajectory, until, store, Path(data_folder), device, capture=CapturedSteps())
+    """One trajectory in whatever process this is; everything it takes can be sent anywhere.
+
+    `threads` of PyTorch (None: as many as there are set). With `stop_at`, seconds since 1970, it
+    raises OutOfTime before a round that, by the last one's seconds, would end later.
+    """
+    before, last = torch.get_num_threads(), [time.time()]
+
+    def in_time(round_: int) -> None:
+        now, began = time.time(), last[0]
+        last[0] = now
+        if stop_at is not None and round_ < until and now + (now - began) > stop_at:
+            raise OutOfTime(f"{trajectory.id} stopped at round {round_}")
+
+    store, capture = Store(results, preset), CapturedSteps()
+    torch.set_num_threads(threads or before)
+    try:
+        train(trajectory, until, store, Path(data_folder), device, in_time, capture)
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose_device(name: str | None = None) -> str:
@@ -80,21 +83,6 @@ def choose_device(name: str | None = None) -> str:
     return name
 
 
-def local_workers(workers: int) -> ProcessPoolExecutor:
-    """Processes on this machine, each a fresh interpreter (CUDA allows no fork).
-
-    They leave Ctrl-C to the driver, which tells the user once.
-    """
-    return ProcessPoolExecutor(
-        workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    )
-
-
-def threads_per_worker(workers: int) -> int:
-    """The machine's cores shared out, at least one each."""
-    return max(1, (os.cpu_count() or 1) // workers)
-
-
 class InProcess(Executor):
     """Runs a job when it is submitted, in this thread: the default, and the simplest to debug."""
 
@@ -108,127 +96,222 @@ class InProcess(Executor):
 
 
 def run(
-    recipes: dict[str, Generator[list[Need], None, Any]],
+    recipes: Recipes,
     store: Store,
-    data_folder: Path,
+    data_folder: Path | Mapping[Data, Path],
     device: str = "cpu",
     executor: Executor | None = None,
     threads: int | None = None,
     slots: int | Callable[[], int] = 1,
     progress: Progress | None = None,
     resubmit: tuple[type[BaseException], ...] = (),
-) -> dict[str, Any]:
+    stop_at: float | None = None,
+) -> dict[Any, Any]:
     """Drive recipes to their end; returns what each returned, by name.
 
     A trajectory that several recipes need is trained once. At most `slots` jobs are out at a time
-    (a function where workers come and go), parents before children. `resubmit` names errors that
-    mean a worker was lost, not that a job failed: such a job is handed out again and resumes, if
-    it got a round further. When a trajectory fails, the recipes that need it stop, the others go
-    on, and an EngineError with every traceback ends the run.
-    """
-    executor = executor or InProcess()
-    results: dict[str, Any] = {}
-    needs: dict[str, list[Need]] = {}  # of the recipes that go on
-    failed: dict[str, BaseException] = {}
-    out: dict[Future, Need] = {}
-    begun: dict[Future, int] = {}  # rounds on record when it was handed out
-    # Workers elsewhere have their own working directory.
-    where = (os.path.abspath(store.results), store.preset, os.path.abspath(data_folder))
-    seen: set[tuple[str, int]] = set()
-    progress = Progress() if progress is None else progress
+    (a function where workers come and go), parents before children, each on `threads` threads
+    (None: PyTorch's setting). `data_folder` is one for all, or one for each `Data` there is.
+    `resubmit` names errors that mean a worker was lost, not that a job failed: such a job is handed
+    out again and resumes, if it got a round further. When a trajectory fails, the recipes that need
+    it stop, the others go on, and an EngineError ends the run.
 
-    def resume(name: str) -> None:
+    With `stop_at`, seconds since 1970, the recipes are in order of worth: what the first ones need
+    is trained first, and no round is begun that would end later. What is returned lacks the recipes
+    that did not come to their end.
+    """
+    folders = data_folder if isinstance(data_folder, Mapping) else None
+    driver = Driver(
+        recipes,
+        store,
+        lambda t: folders[t.data] if folders else data_folder,
+        executor or InProcess(),
+        lambda: slots() if callable(slots) else slots,
+        Progress() if progress is None else progress,
+        resubmit,
+        stop_at,
+    )
+    return driver.run((device, threads, *([stop_at] if stop_at else [])))
+
+
+@dataclass
+class Out:
+    """A job that is out."""
+
+    need: Need
+    had: int  # rounds on record when it was handed out
+    since: float  # seconds since 1970
+
+
+@dataclass
+class Driver:
+    """One run: what its recipes need, which jobs are out, what failed."""
+
+    recipes: Recipes
+    store: Store
+    folder: Callable[[Trajectory], Path]
+    executor: Executor
+    slots: Callable[[], int]
+    progress: Progress
+    resubmit: tuple[type[BaseException], ...]
+    stop_at: float | None
+    results: dict[Any, Any] = field(default_factory=dict)
+    needs: dict[Any, list[Need]] = field(default_factory=dict)  # of the recipes that go on
+    failed: dict[str, BaseException] = field(default_factory=dict)  # by trajectory id
+    out: dict[Future, Out] = field(default_factory=dict)
+    seen: set[tuple[str, int]] = field(default_factory=set)  # (id, round) known to be on record
+    pace: float = 0.0  # seconds that a unit of work took, in the slowest job so far
+
+    def run(self, how: tuple) -> dict[Any, Any]:
+        """Until every recipe returned, or stopped at a failure; `how` ends a job's arguments."""
+        for name in self.recipes:
+            self.resume(name)
+        while self.needs:
+            self.stop_what_failed()
+            self.progress.workers = self.slots()
+            todo = self.ready()
+            self.hand_out(todo, how)
+            if not self.out and not any(map(self.all_satisfied, self.needs)):
+                if not todo or self.progress.workers:  # nothing left, or nothing in time
+                    break
+                time.sleep(1.0)  # until there is a worker
+            self.take_back()
+            for name in [name for name in self.needs if self.all_satisfied(name)]:
+                self.resume(name)
+            self.progress.failed = len(self.failed)
+            self.progress.running = [job.need for job in self.out.values()]
+        wait(self.out)  # a job may still be returning whose record is already complete
+        self.progress.waiting = [n for n in self.progress.waiting if not self.satisfied(n)]
+        self.progress.running = []
+        if self.failed:
+            raise _failure(self.failed)
+        return {name: self.results[name] for name in self.recipes if name in self.results}
+
+    def resume(self, name: Any) -> None:
         """Advance a recipe until it needs something that is not on record."""
         while True:
             try:
-                needs[name] = next(recipes[name])
+                self.needs[name] = next(self.recipes[name])
             except StopIteration as end:
-                results[name] = end.value
-                needs.pop(name, None)
+                self.results[name] = end.value
+                self.needs.pop(name, None)
                 return
-            if not all(map(_satisfied, needs[name])):
+            if not self.all_satisfied(name):
                 return
 
-    def _satisfied(need: Need) -> bool:
+    def satisfied(self, need: Need) -> bool:
         known = (need.trajectory.id, need.until)
-        if known not in seen and is_done(need.trajectory, need.until, store):
-            seen.add(known)
-            progress.done = len({id_ for id_, _ in seen})
-        return known in seen
+        if known not in self.seen and is_done(need.trajectory, need.until, self.store):
+            self.seen.add(known)
+            self.progress.done = len({id_ for id_, _ in self.seen})
+        return known in self.seen
 
-    def work_left(need: Need) -> int:
-        """Rounds left times what one costs: no long one shall start when all else is done."""
-        fl = need.trajectory.fl
-        a_round = fl.clients_per_round * fl.local_epochs * (1 + len(need.trajectory.tasks))
-        return (need.until - store.rounds_done(need.trajectory)) * a_round
+    def all_satisfied(self, name: Any) -> bool:
+        return all(map(self.satisfied, self.needs[name]))
 
-    def ready() -> list[Need]:
-        """What could be trained now, longest first: one Need a trajectory, to its last round."""
+    def stop_what_failed(self) -> None:
+        """End the recipes that need a trajectory that failed, or one of its children."""
+        for name in list(self.needs):
+            needed = [n for need in self.needs[name] for n in with_ancestors(need)]
+            failing = [n for n in needed if n.trajectory.id in self.failed]
+            if not all(is_done(n.trajectory, n.until, self.store) for n in failing):
+                self.recipes[name].close()
+                del self.needs[name]
+
+    def ready(self) -> list[Need]:
+        """What could be trained now: one Need a trajectory, to the furthest round asked for.
+
+        Longest first, so that no long one starts when all else is done; with `stop_at` in the
+        order of the recipes.
+        """
         wanted: dict[str, Need] = {}
-        for n in [n for some in needs.values() for need in some for n in with_ancestors(need)]:
-            known = wanted.get(n.trajectory.id)
-            if (known is None or known.until < n.until) and not _satisfied(n):
-                wanted[n.trajectory.id] = n
-        busy = {need.trajectory.id for need in out.values()}
+        for need in [n for some in self.needs.values() for n in some]:
+            for n in with_ancestors(need):
+                known = wanted.get(n.trajectory.id)
+                if (known is None or known.until < n.until) and not self.satisfied(n):
+                    wanted[n.trajectory.id] = n
+        busy = {job.need.trajectory.id for job in self.out.values()}
         left = [n for n in wanted.values() if n.trajectory.id not in busy]
-        progress.waiting = sorted(left, key=work_left, reverse=True)
+        if self.stop_at is None:
+            left.sort(key=self.work_left, reverse=True)
+        self.progress.waiting = left
         return [
             n
-            for n in progress.waiting
-            if n.trajectory.id not in failed
+            for n in left
+            if n.trajectory.id not in self.failed
             and (n.trajectory.parent is None or n.trajectory.parent.id not in wanted
-                 or is_done(n.trajectory.parent, n.trajectory.start_round, store))
+                 or is_done(n.trajectory.parent, n.trajectory.start_round, self.store))
         ]  # fmt: skip
 
-    for name in recipes:
-        resume(name)
-    while needs:
-        for name in list(needs):
-            needed = [n for need in needs[name] for n in with_ancestors(need)]
-            failing = [n for n in needed if n.trajectory.id in failed]
-            if not all(is_done(n.trajectory, n.until, store) for n in failing):
-                recipes[name].close()
-                del needs[name]
-        progress.workers = slots() if callable(slots) else slots
-        todo = ready()
-        for need in todo[: max(0, progress.workers - len(out))]:
-            had = store.rounds_done(need.trajectory)
-            progress.begun.setdefault(need.trajectory.id, had)
-            progress.running = [*out.values(), need]
-            job = (need.trajectory, need.until, *where, device, threads)
+    def work_left(self, need: Need) -> int:
+        rounds = need.until - self.store.rounds_done(need.trajectory)
+        return rounds * work_of_a_round(need.trajectory)
+
+    def hand_out(self, todo: list[Need], how: tuple) -> None:
+        """Submit as many of them as there are free slots."""
+        free = max(0, self.progress.workers - len(self.out))
+        todo = [need for need in todo if self.in_time(need)][:free]
+        for need in todo:
+            t, had = need.trajectory, self.store.rounds_done(need.trajectory)
+            self.progress.begun.setdefault(t.id, had)
+            self.progress.running = [*(job.need for job in self.out.values()), need]
+            # Workers elsewhere have their own working directory.
+            where = (os.path.abspath(self.store.results), self.store.preset,
+                     os.path.abspath(self.folder(t)))  # fmt: skip
+            begun = time.time()
             try:
-                future = executor.submit(train_job, *job)
+                future = self.executor.submit(train_job, t, need.until, *where, *how)
             except BrokenExecutor:
-                raise EngineError("a worker process was killed, perhaps for want of memory; what "
-                                  "was done is kept, the same command continues; --workers may "
-                                  "be lower") from None  # fmt: skip
-            out[future], begun[future] = need, had
-        if not out and not todo and not any(all(map(_satisfied, n)) for n in needs.values()):
-            break
-        if todo and not out:
-            time.sleep(1.0)  # until there is a worker
-        finished, _ = wait(out, timeout=1.0, return_when=FIRST_COMPLETED)
+                raise _worker_killed() from None
+            self.out[future] = Out(need, had, begun)
+
+    def in_time(self, need: Need) -> bool:
+        """Whether a first round would end before `stop_at`, by the slowest job so far."""
+        if self.stop_at is None:
+            return True
+        return time.time() + self.pace * work_of_a_round(need.trajectory) < self.stop_at
+
+    def take_back(self) -> None:
+        """Note the jobs that ended within a second, and what failed for good."""
+        finished, _ = wait(self.out, timeout=1.0, return_when=FIRST_COMPLETED)
         for future in finished:
-            need = out.pop(future)
+            job = self.out.pop(future)
             if future.cancelled():
-                raise EngineError("the scheduler of the workers is gone; what was done is kept, "
-                                  "the same command continues")  # fmt: skip
-            error, further = future.exception(), store.rounds_done(need.trajectory) > begun[future]
-            if error is not None and not (isinstance(error, resubmit) and further):
-                failed[need.trajectory.id] = error
-        for name in list(needs):
-            if all(map(_satisfied, needs[name])):
-                resume(name)
-        progress.failed, progress.running = len(failed), list(out.values())
-    wait(out)  # a job may still be returning whose record is already complete
-    progress.waiting = [n for n in progress.waiting if not _satisfied(n)]
-    progress.running = []
-    if failed:
-        if all(isinstance(error, UserError) for error in failed.values()):
-            raise next(iter(failed.values()))
-        texts = [f"{id_}:\n" + "".join(traceback.format_exception(e)) for id_, e in failed.items()]
-        raise EngineError(f"{len(failed)} trajectories failed\n\n" + "\n".join(texts))
-    return {name: results[name] for name in recipes}
+                raise EngineError(f"the scheduler of the workers is gone; {KEPT}")
+            error = future.exception()
+            t, rounds = job.need.trajectory, self.store.rounds_done(job.need.trajectory) - job.had
+            if rounds > 0:
+                took = (time.time() - job.since) / rounds
+                self.pace = max(self.pace, took / work_of_a_round(t))
+            lost = isinstance(error, self.resubmit) and rounds > 0
+            if isinstance(error, BrokenExecutor) and not lost:
+                raise _worker_killed() from None
+            if error is not None and not lost and not isinstance(error, OutOfTime):
+                self.failed[t.id] = error
+
+
+def work_of_a_round(t: Trajectory) -> int:
+    """In passes of an encoder or decoder over a client's data: K E (1 + n)."""
+    return t.fl.clients_per_round * t.fl.local_epochs * (1 + len(t.tasks))
+
+
+def _worker_killed() -> EngineError:
+    return EngineError(f"a worker process was killed, perhaps for want of memory; {KEPT}; "
+                       "--workers may be lower")  # fmt: skip
+
+
+def _failure(failed: dict[str, BaseException]) -> Exception:
+    """What was foreseen in a line each; below the traceback of what was not."""
+    foreseen = {id_: isinstance(e, UserError | TrainingDiverged) for id_, e in failed.items()}
+    if all(isinstance(error, UserError) for error in failed.values()):
+        return next(iter(failed.values()))
+    lines = [f"{len(failed)} trajector{'y' if len(failed) == 1 else 'ies'} failed:"]
+    for id_, error in failed.items():
+        lines.append(f"  {id_}: {error}" if foreseen[id_]
+                     else f"  {id_}: {type(error).__name__}, see below")  # fmt: skip
+    for id_ in (id_ for id_ in failed if not foreseen[id_]):
+        lines += ["", f"{id_}:", "".join(traceback.format_exception(failed[id_])).rstrip()]
+    return EngineError("\n".join(lines))
 
 
 def with_ancestors(need: Need) -> list[Need]:
@@ -238,9 +321,7 @@ def with_ancestors(need: Need) -> list[Need]:
     return [*with_ancestors(Need(need.trajectory.parent, need.trajectory.start_round)), need]
 
 
-def collect(
-    recipes: dict[Any, Generator[list[Need], None, Any]], store: Store
-) -> tuple[dict[Any, Any], list[Need]]:
+def collect(recipes: Recipes, store: Store) -> tuple[dict[Any, Any], list[Need]]:
     """What recipes return from the records alone, and the needs that stop the others.
 
     A recipe that decides by results it does not have yet names only its first needs.

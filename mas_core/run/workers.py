@@ -1,46 +1,83 @@
-"""Training recipes where it was asked for: here, on local processes, on Dask or on Slurm."""
+"""Recipes trained on what a user asks for: this process, processes here, Dask or Slurm."""
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import Data, Settings, UserError
 from ..data.clients import ensure_rooms
-from . import engine
-from .progress import progress_bar
+from ..data.processes import local_workers
+from ..records.store import Store
+from .engine import Recipes, choose_device, run
+from .progress import shown_progress
+
+ON_ONE_THREAD = ("tiny", "small")  # sizes whose operators are too small to be shared out
+
+
+@dataclass(frozen=True)
+class Compute:
+    """On what to train. Dask and Slurm workers have a GPU each unless the device is "cpu"."""
+
+    workers: int = 1  # processes on this machine; jobs with Slurm
+    device: str | None = None  # None: a GPU where there is one
+    threads: int | None = None  # of each process; None: one for small networks
+    dask: str | None = None  # a scheduler's address, or its scheduler file
+    slurm: str | None = None  # a partition
+
+    def __post_init__(self) -> None:
+        for name, what in (("dask", "the scheduler's address or file"), ("slurm", "a partition")):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise UserError(f"--{name} is empty; allowed: {what}")
+
+
+def default_threads(size: str, workers: int = 1, elsewhere: bool = False) -> int | None:
+    """PyTorch's threads for networks of this size: one for a small one, else a worker's cores.
+
+    A second thread makes a step of a small network hardly faster, and many times slower as soon as
+    another process wants its core. None: as many as a worker elsewhere is set to.
+    """
+    if size in ON_ONE_THREAD:
+        return 1
+    return None if elsewhere else max(1, (os.cpu_count() or 1) // workers)
 
 
 def train_recipes(
-    recipes: dict[Any, Any],
-    study: Any,
-    data: Path | None,
-    workers: int,
-    device: str | None,
-    dask: str | None = None,
-    slurm: str | None = None,
+    recipes: Recipes,
+    store: Store,
+    settings: Settings,
+    data: Path | str | None | Mapping[Data, Path],
+    compute: Compute,
+    **how: Any,
 ) -> dict[Any, Any]:
-    """Drive recipes with a progress bar; on local processes, Dask or Slurm where asked for."""
-    elsewhere = bool(dask or slurm)  # where a GPU here says nothing
-    device = (device or "cuda") if elsewhere else engine.choose_device(device)
-    folder = ensure_rooms(study.settings.data, data)
-    with contextlib.ExitStack() as stack:
-        executor, threads, slots, resubmit = None, None, workers, ()
+    """Drive recipes to their end with progress shown; rooms are rendered where there are none.
+
+    `data` is one folder (None: `rooms_folder`), or one for each `Data`; `how` goes to `engine.run`.
+    """
+    elsewhere = bool(compute.dask or compute.slurm)  # where a GPU here says nothing
+    device = (compute.device or "cuda") if elsewhere else choose_device(compute.device)
+    folder = data if isinstance(data, Mapping) else ensure_rooms(settings.data, data)
+    threads = compute.threads or default_threads(settings.model.size, compute.workers, elsewhere)
+    executor, slots = None, compute.workers
+    with ExitStack() as stack:
         if elsewhere:
             from .cluster import dask_workers, slurm_workers
 
-            at = (device, study.store.results, folder)
-            opened = dask_workers(dask, *at) if dask else slurm_workers(slurm, workers, *at)
-            executor, slots, resubmit = stack.enter_context(opened)
-        elif workers > 1:
-            executor = stack.enter_context(engine.local_workers(workers))
-            threads = engine.threads_per_worker(workers)
-        shown = stack.enter_context(progress_bar(study.store))
+            at = (device, store.results, folder)
+            opened = (dask_workers(compute.dask, *at) if compute.dask
+                      else slurm_workers(compute.slurm, compute.workers, *at))  # fmt: skip
+            executor, slots, how["resubmit"] = stack.enter_context(opened)
+        elif compute.workers > 1:
+            executor = stack.enter_context(local_workers(compute.workers))
+        how["progress"] = stack.enter_context(shown_progress(store))
         try:
-            return engine.run(recipes, study.store, folder, device, executor, threads, slots,
-                              shown, resubmit)  # fmt: skip
-        except KeyboardInterrupt:
+            return run(recipes, store, folder, device, executor, threads, slots, **how)
+        except BaseException:  # what runs is not waited for
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise

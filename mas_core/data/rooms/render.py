@@ -1,15 +1,15 @@
 """Buildings written to disk in Taskonomy's layout, over a pool of processes."""
 
 import json
-import multiprocessing
 import os
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
+from ..processes import local_workers
 from .labels import DOMAINS, encode, render_view
 from .scene import make_building, make_cameras, stream
 
@@ -161,8 +161,7 @@ def _results(jobs, workers):
     if workers == 1 or len(jobs) == 1:
         yield from (_render_chunk(*job) for job in jobs)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
+    pool = local_workers(min(workers, len(jobs)))
     try:
         for future in as_completed([pool.submit(_render_chunk, *job) for job in jobs]):
             yield future.result()
