@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from test_methods import make_record
 
 from mas_core.config import Data, Model
 from mas_core.config import settings as preset_settings
 from mas_core.federated import state_bytes
+from mas_core.methods import Need
 from mas_core.paper import plan
 from mas_core.records.store import Store
 from mas_core.records.study import Study
@@ -54,6 +56,8 @@ def test_amounts_of_a_stretch(model):
     assert (rounds, images) == (4, 4 * plan.images_a_round(t))
     assert sent == 4 * t.fl.clients_per_round * 2 * state_bytes(build(t).state_dict())
     assert seconds == (2.0 + 3 * 0.5) * plan.images_a_round(t) * (4 + 3.0 * 2)
+    encoder = plan._part_bytes("d", model, t.data.tasks)[0]
+    assert encoder == plan._part_bytes("s", model, t.data.tasks)[0] > 0
     unmeasured = plan._amount(t, 4, 8, 0, speed)[3]
     assert unmeasured == (2.0 + 3 * 0.5) * plan.images_a_round(t) * 4
 
@@ -100,6 +104,16 @@ def test_a_plan_says_what_is_on_record(tmp_path):
     text = plan.plan(["explore_affinities"], "smoke", [0], {}, tmp_path)
     assert "1 trajectories, 1 on record" in text and "X, 1 thread, 1 trajectories" in text
     assert _rows(text)["rounds"] == [SMOKE.fl.rounds, SMOKE.fl.rounds, 0]
+
+
+def test_a_recipe_that_is_partly_on_record_is_planned(tmp_path):
+    """What is on record was trained on images; what is made up joins it in a method."""
+    store, study = Store(tmp_path, "smoke"), Study("sdnkt", SMOKE, 0, Store(tmp_path, "smoke"))
+    for t in (study.all_in_one(), study.from_scratch("d")):
+        make_record(store, Need(t, SMOKE.fl.rounds))
+        store.write_result(t, store.result(t) | {"data": "a hash of images"})
+    text = plan.plan(["figure_05_sdnkt", "00_tour"], "smoke", [0], {}, tmp_path)
+    assert "trajectories, 2 on record" in text
 
 
 def _rows(text):

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
-from ..config import Model, Settings, settings, stream
+from ..config import Model, Settings, outside, settings, stream
 from ..federated import state_bytes
 from ..methods import Part
-from ..models import MultiTaskNet
+from ..models import build
 from ..records.store import Affinities, Store, open_store
 from ..records.training import is_done
 from ..records.trajectory import Trajectory
@@ -31,7 +32,15 @@ class AssumedStore(Store):
     """A store that makes up the results that are absent, so that recipes run to their end.
 
     The groups that they then choose stand for some groups of that number, not for the real ones.
+    Reads every record once.
     """
+
+    def __init__(self, results: Path | str, preset: str) -> None:
+        super().__init__(results, preset)
+        self._results: dict[str, dict[str, Any]] = {}
+        self._rounds: dict[str, pd.DataFrame] = {}
+        names = ("seconds", "affinity_seconds", "joules", "samples", "bytes_down", "bytes_up")
+        self._nothing = pd.DataFrame({name: [0.0] for name in ("round", *names)})
 
     def affinities(self, trajectory: Trajectory | str) -> Affinities:
         rounds, n = np.arange(trajectory.fl.measure_rounds), len(trajectory.tasks)
@@ -44,12 +53,16 @@ class AssumedStore(Store):
         return Affinities(rounds, np.zeros(values.shape[:2]), values)
 
     def result(self, trajectory: Trajectory | str) -> dict[str, Any]:
-        found = super().result(trajectory)
-        if found is None:
-            draw = stream(trajectory.seed, "assumed", trajectory.tasks)
-            losses = {a: draw.uniform(0.3, 0.4) for a in trajectory.tasks}
-            found = {"test_best": losses, "test_last": losses}
-        return found
+        id_ = trajectory if isinstance(trajectory, str) else trajectory.id
+        if id_ not in self._results:
+            found = super().result(trajectory)
+            if found is None:
+                draw = stream(trajectory.seed, "assumed", trajectory.tasks)
+                losses = {a: draw.uniform(0.3, 0.4) for a in trajectory.tasks}
+                found = {"test_best": losses, "test_last": losses}
+            # What was made up is of no images: a plan joins it with what is on record.
+            self._results[id_] = found | {"data": None}
+        return self._results[id_]
 
     def validation_losses(self, trajectory: Trajectory, last: bool = False) -> dict[str, float]:
         if super().result(trajectory) is None:
@@ -57,9 +70,11 @@ class AssumedStore(Store):
         return super().validation_losses(trajectory, last)
 
     def rounds(self, trajectory: Trajectory | str) -> pd.DataFrame:
-        found = super().rounds(trajectory)
-        names = ("seconds", "affinity_seconds", "joules", "samples", "bytes_down", "bytes_up")
-        return found if len(found) else pd.DataFrame({k: [0.0] for k in ("round", *names)})
+        id_ = trajectory if isinstance(trajectory, str) else trajectory.id
+        if id_ not in self._rounds:
+            found = super().rounds(trajectory)
+            self._rounds[id_] = found if len(found) else self._nothing
+        return self._rounds[id_]
 
 
 @dataclass
@@ -157,8 +172,16 @@ def images_a_round(t: Trajectory) -> float:
 
 
 @cache
-def _network_bytes(tasks: str, model: Model) -> int:
-    return state_bytes(MultiTaskNet(tasks, model.size, model.output_stride).state_dict())
+def _part_bytes(task: str, model: Model, table: str) -> tuple[int, int]:
+    """Bytes of the encoder and of one task's decoder, counted without making their weights."""
+    with torch.device("meta"):
+        net = build(task, model, table=outside(table))
+    return state_bytes(net.encoder.state_dict()), state_bytes(net.decoders.state_dict())
+
+
+def _network_bytes(t: Trajectory) -> int:
+    parts = [_part_bytes(a, t.model, t.data.tasks) for a in t.tasks]
+    return parts[0][0] + sum(decoder for _, decoder in parts)
 
 
 def _amount(t: Trajectory, begin: int, end: int, measured: int | None, speed: Speed) -> np.ndarray:
@@ -166,7 +189,7 @@ def _amount(t: Trajectory, begin: int, end: int, measured: int | None, speed: Sp
 
     Affinities are measured in rounds < `measured` (None: as the trajectory is configured).
     """
-    rounds, travelling = end - begin, _network_bytes(t.tasks, t.model)
+    rounds, travelling = end - begin, _network_bytes(t)
     measuring = min(t.fl.measure_rounds if measured is None else measured, end) - begin
     weighed = rounds + speed.extra * max(0, measuring) * (len(t.tasks) > 1)
     images = images_a_round(t)
@@ -174,6 +197,55 @@ def _amount(t: Trajectory, begin: int, end: int, measured: int | None, speed: Sp
     return np.array(
         [rounds, rounds * images, 2 * rounds * t.fl.clients_per_round * travelling, seconds]
     )
+
+
+@dataclass
+class _Schedule:
+    """Trajectories given to equal workers, one after the other."""
+
+    work: dict[str, float]
+    span: dict[str, tuple[int, int]]
+    after: dict[str, set[frozenset]]
+    began: dict[str, float] = field(default_factory=dict)
+    ready: dict[str, tuple[float, str | None]] = field(default_factory=dict)  # and what held it up
+
+    def held_up(self) -> dict[str, float]:
+        """The work of the longest chain that follows each trajectory, its own included."""
+        follows = defaultdict(set)
+        for id_, choices in self.after.items():
+            for other, _ in min(choices, key=len):
+                follows[other].add(id_)
+
+        @cache
+        def tail(id_: str) -> float:
+            return self.work[id_] + max((tail(f) for f in follows[id_]), default=0.0)
+
+        return {id_: tail(id_) for id_ in self.work}
+
+    def reached(self, id_: str, round_: int) -> float:
+        """When a trajectory that has begun reaches a round."""
+        first, end = self.span[id_]
+        return self.began[id_] + self.work[id_] * (round_ - first) / max(1, end - first)
+
+    def look(self, id_: str) -> None:
+        """Note from when on a trajectory can start, once all that one choice needs has begun."""
+        times = [
+            max(((self.reached(*n), n[0]) for n in choice), default=(0.0, None))
+            for choice in self.after[id_]
+            if all(other in self.began for other, _ in choice)
+        ]
+        if times:
+            self.ready[id_] = min(times, key=lambda found: found[0])
+
+    def end(self, id_: str) -> float:
+        return self.began[id_] + self.work[id_]
+
+    def chain(self) -> list[str]:
+        """The trajectories, each waiting for the one before, that end last."""
+        chain = [max(self.began, key=self.end)]
+        while (before := self.ready[chain[0]][1]) is not None:
+            chain.insert(0, before)
+        return chain
 
 
 def schedule(
@@ -188,45 +260,21 @@ def schedule(
     which must be reached before it may start. Returns the time until all are done, and the chain
     of trajectories, each waiting for the one before, that ends last.
     """
-    follows = defaultdict(set)
-    for id_, choices in after.items():
-        for other, _ in min(choices, key=len):
-            follows[other].add(id_)
-
-    @cache
-    def tail(id_: str) -> float:
-        return work[id_] + max((tail(f) for f in follows[id_]), default=0.0)
-
-    began: dict[str, float] = {}
-    ready: dict[str, tuple[float, str | None]] = {}
-    waiting = sorted(work, key=tail, reverse=True)
-    free = [0.0] * workers
-
-    def reached(id_: str, round_: int) -> float:
-        first, end = span[id_]
-        return began[id_] + work[id_] * (round_ - first) / max(1, end - first)
-
+    made = _Schedule(work, span, after)
+    first = made.held_up()
+    waiting, free = sorted(work, key=first.get, reverse=True), [0.0] * workers
     while waiting:
         now = heapq.heappop(free)
         for id_ in waiting:
-            if id_ not in ready:
-                times = [
-                    max(((reached(*n), n[0]) for n in choice), default=(0.0, None))
-                    for choice in after[id_]
-                    if all(n[0] in began for n in choice)
-                ]
-                if times:
-                    ready[id_] = min(times, key=lambda found: found[0])
-        starts = {id_: max(now, ready[id_][0]) for id_ in waiting if id_ in ready}
+            if id_ not in made.ready:
+                made.look(id_)
+        starts = {id_: max(now, made.ready[id_][0]) for id_ in waiting if id_ in made.ready}
         pick = min(starts, key=starts.get)
         waiting.remove(pick)
-        began[pick] = starts[pick]
-        heapq.heappush(free, began[pick] + work[pick])
-    last = max(began, key=lambda id_: began[id_] + work[id_])
-    chain = [last]
-    while (before := ready[chain[0]][1]) is not None:
-        chain.insert(0, before)
-    return began[last] + work[last], chain
+        made.began[pick] = starts[pick]
+        heapq.heappush(free, made.end(pick))
+    chain = made.chain()
+    return made.end(chain[-1]), chain
 
 
 def plan(
@@ -244,59 +292,81 @@ def plan(
     stems, store = chosen(notebooks), open_store(preset, results)
     base = settings(preset, overrides=overrides)
     asked = walk(stems, AssumedStore(results, preset), seeds, overrides)
+    done = {i for i, t in asked.trajectories.items() if is_done(t, asked.until[i], store)}
+    head = (f"{len(stems)} notebooks, preset {preset}, seeds {' '.join(map(str, seeds))}: "
+            f"{len(asked.until)} trajectories, {len(done)} on record")  # fmt: skip
+    if not asked.until:
+        return head + "; nothing to train"
     speed = recorded_speed(store)
     if images_per_second:
         unit = 1 / images_per_second / 6  # as if an encoder and five decoders cost the same each
         speed = Speed(unit, unit, speed.extra, f"{images_per_second:g} images a second, as given")
-    all_ = {i: asked.trajectories[i] for i in sorted(asked.until)}
-    span = {i: (t.start_round, asked.until[i]) for i, t in all_.items()}
-    done = {i for i, t in all_.items() if is_done(t, asked.until[i], store)}
-    lines = [f"{len(stems)} notebooks, preset {preset}, seeds {' '.join(map(str, seeds))}: "
-             f"{len(all_)} trajectories, {len(done)} on record"]  # fmt: skip
-    if not all_:
-        return lines[0] + "; nothing to train"
-    each = {i: _amount(t, *span[i], None, speed) for i, t in all_.items()}
-    alone = sum(_amount(p.trajectory, p.begin, p.end, p.affinity_rounds, speed)
-                for method in asked.methods for p in method)  # fmt: skip
-    left = sum(_amount(t, min(store.rounds_done(t), span[i][1]), span[i][1], None, speed)
-               for i, t in all_.items() if i not in done)  # fmt: skip
-    table = pd.DataFrame(
-        {"every method alone": alone, "shared": sum(each.values()), "not on record": left},
-        index=["rounds", "training images (M)", "communicated (GB)", "core or GPU hours"],
-    ).div([1, 1e6, 1e9, 3600], axis=0)
-    shared_by = pd.Series([len(asked.notebooks[i]) for i in all_]).value_counts().sort_index()
-    lines += [f"asked for     by {', '.join(f'{n}: {m}' for n, m in shared_by.items())} "
-              "(number of notebooks: trajectories)"]  # fmt: skip
+    span = {i: (asked.trajectories[i].start_round, asked.until[i]) for i in sorted(asked.until)}
+    each = {i: _amount(asked.trajectories[i], *span[i], None, speed) for i in span}
+    lines = [head, *_assumptions(asked, base), "", *_costs(asked, each, done, store, speed)]
+    claims = results / "paper" / "claims.csv"
+    if preset == "paper" and claims.exists():
+        hours = float(pd.read_csv(claims, index_col="id").loc["gpu_hours", "value"])
+        lines += [f"the paper     {hours:,.0f} V100 hours, without sharing, three seeds for most"]
+    work = {i: float(amount[3]) for i, amount in each.items()}
+    return "\n".join([*lines, *_scaling(asked, work, span, base, speed)])
+
+
+def _assumptions(asked: Asked, base: Settings) -> list[str]:
+    shared_by = pd.Series([len(asked.notebooks[i]) for i in asked.until]).value_counts()
+    numbers = ", ".join(f"{n}: {m}" for n, m in shared_by.sort_index().items())
+    lines = [f"asked for     by {numbers} (number of notebooks: trajectories)"]
     if asked.assumed:
         lines += [f"assumed       the groups of {asked.assumed} recipes, as their affinities or "
                   "losses are not on record"]  # fmt: skip
     if base.data.source == "taskonomy":
         lines += [f"assumed       {TASKONOMY_IMAGES:,} images a building (the paper: 4,000 to "
                   "16,000)"]  # fmt: skip
+    return lines
+
+
+def _costs(
+    asked: Asked, each: dict[str, np.ndarray], done: set[str], store: Store, speed: Speed
+) -> list[str]:
+    """The table of rounds, images, bytes and hours: alone, shared, left."""
+    alone = sum(_amount(p.trajectory, p.begin, p.end, p.affinity_rounds, speed)
+                for method in asked.methods for p in method)  # fmt: skip
+    left = np.zeros(4)
+    for i in each.keys() - done:
+        t, end = asked.trajectories[i], asked.until[i]
+        left += _amount(t, min(store.rounds_done(t), end), end, None, speed)
+    table = pd.DataFrame(
+        {"every method alone": alone, "shared": sum(each.values()), "not on record": left},
+        index=["rounds", "training images (M)", "communicated (GB)", "core or GPU hours"],
+    ).div([1, 1e6, 1e9, 3600], axis=0)
     rows = table if speed.source else table.iloc[:3]
     factor = alone[1] / sum(each.values())[1]
-    lines += ["", rows.map(lambda v: f"{v:,.2f}").to_string(), "",
-              f"sharing       {factor:.2f} times as many images if {len(asked.methods)} distinct "
-              "methods ran alone,",
-              "              groups in several partitions of one method counted once"]  # fmt: skip
+    timed = "not timed     no record of this preset: no hours (or name --images-per-second)"
     if speed.source:
-        lines += [f"timed by      {speed.source}; training only, no validation"]
-    else:
-        lines += ["not timed     no record of this preset: no hours (or name --images-per-second)"]
-    claims = results / "paper" / "claims.csv"
-    if preset == "paper" and claims.exists():
-        hours = float(pd.read_csv(claims, index_col="id").loc["gpu_hours", "value"])
-        lines += [f"the paper     {hours:,.0f} V100 hours, without sharing, three seeds for most"]
-    work = {i: float(amount[3]) for i, amount in each.items()}
+        timed = f"timed by      {speed.source}; training only, no validation"
+    return [
+        rows.map(lambda v: f"{v:,.2f}").to_string(),
+        "",
+        f"sharing       {factor:.2f} times as many images if {len(asked.methods)} distinct "
+        "methods ran alone,",
+        "              groups in several partitions of one method counted once",
+        timed,
+    ]
+
+
+def _scaling(
+    asked: Asked, work: dict[str, float], span: dict[str, tuple[int, int]], base: Settings,
+    speed: Speed,
+) -> list[str]:  # fmt: skip
+    """The longest chain, and how a schedule on more workers gets faster."""
     longest, chain = schedule(work, span, asked.after, len(work))
-    steps = ", then ".join(f"{_named(all_[i], base)} to {span[i][1]}" for i in chain)
-    lines += [f"longest chain {steps}: {longest / sum(work.values()):.1%} of the work"]
+    steps = ", then ".join(f"{_named(asked.trajectories[i], base)} to {span[i][1]}" for i in chain)
     times = np.array([schedule(work, span, asked.after, n)[0] for n in WORKERS])
     curve = pd.DataFrame([times / 3600, times[0] / times], ["hours", "speed-up"], map(str, WORKERS))
     curve = curve if speed.source else curve.iloc[1:]
-    lines += ["", "simulated schedule from nothing, by number of equal workers",
-              curve.map(lambda v: f"{v:,.2f}").to_string()]  # fmt: skip
-    return "\n".join(lines)
+    return [f"longest chain {steps}: {longest / sum(work.values()):.1%} of the work", "",
+            "simulated schedule from nothing, by number of equal workers",
+            curve.map(lambda v: f"{v:,.2f}").to_string()]  # fmt: skip
 
 
 def _named(t: Trajectory, base: Settings) -> str:

@@ -20,11 +20,13 @@ import pandas as pd
 from ..config import UserError, settings
 from ..data.clients import rooms_folder
 from ..records.store import Store, open_store
+from ..records.tables import seeds_on_record
 from ..run.engine import EngineError, collect
 from ..run.workers import Compute, train_recipes
 from .experiments import Recipes, chosen, recipes_of
 
 CORES = os.cpu_count() or 1
+KINDS = {"seeds": list, "overrides": dict}  # of parameters whose default is None
 
 
 def reproduce(arguments: Namespace, overrides: dict[str, Any], compute: Compute) -> int:
@@ -60,9 +62,8 @@ def reproduce(arguments: Namespace, overrides: dict[str, Any], compute: Compute)
             failed = True
     slots, missing = min(arguments.workers or 1000, CORES), {}
     for stem in stems:
-        own = parameters[stem].get("seeds") or _literal(
-            _inspected(folder / f"{stem}.ipynb").get("seeds", "[0]"), [0]
-        )
+        own = _literal(_inspected(folder / f"{stem}.ipynb").get("seeds", "None"), None)
+        own = parameters[stem].get("seeds") or own or seeds_on_record(preset, store.results) or [0]
         missing[stem] = not_on_record(recipes_of([stem], store, own, overrides), store)
     drawn = {s: p for s, p in parameters.items() if missing[s] != "all"}
     rows = run_notebooks(folder, drawn, store.root / "notebooks",
@@ -126,11 +127,12 @@ def checked(path: Path, standard: dict[str, Any], given: dict[str, Any]) -> dict
     values = {name: value for name, value in standard.items() if name in has} | given
     for name, value in values.items():
         default = _literal(has[name], None)
-        fits = type(value) is type(default) or (type(default) is float and type(value) is int)
-        if default is not None and value is not None and not fits:
+        kind = KINDS.get(name) if default is None else type(default)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if kind is not None and value is not None and not fits:
             raise UserError(f"parameter {name}={value!r} of {path.stem} is of type "
-                            f"{type(value).__name__}; allowed: {type(default).__name__}, "
-                            f"as in {default!r}")  # fmt: skip
+                            f"{type(value).__name__}; allowed: {kind.__name__}"
+                            + (f", as in {default!r}" if default is not None else ""))  # fmt: skip
     return values
 
 
