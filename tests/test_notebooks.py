@@ -111,7 +111,7 @@ def test_reproduce_from_nothing(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
     for stem in stems:
-        row = re.search(rf"{stem} +ok +\d+ +(\d+)\n", run.stdout + "\n")
+        row = re.search(rf"{stem} +ok +\d+ +(\d+) *\n", run.stdout + "\n")
         drawn = list((tmp_path / "figures" / "smoke").glob(f"{stem}*"))
         assert row and int(row[1]) == len(drawn) >= 2
         assert {figure.suffix for figure in drawn} == {".png", ".pdf"}
