@@ -65,6 +65,11 @@ RULES = {  # fl.method -> what a client or the server does differently
     "fedavg": "mas_core.rules.fedavg:FedAvg",
     "fedprox": "mas_core.rules.fedprox:FedProx",
     "gradnorm": "mas_core.rules.gradnorm:GradNorm",
+    "famo": "mas_core.rules.famo:FAMO",
+    "cagrad": "mas_core.rules.cagrad:CAGrad",
+    "pcgrad": "mas_core.rules.pcgrad:PCGrad",
+    "selective": "mas_core.rules.selective:Selective",
+    "fedem": "mas_core.rules.fedem:FedEM",  # with model.size="mas_core.rules.fedem:small"
 }
 MEASURES = ("lookahead", "first_order", "representation", "cosine")  # see affinity.py
 

@@ -29,6 +29,13 @@ Experiment = Callable[[Store, int, dict[str, Any]], Recipes]  # store, seed, ove
 LOCAL_EPOCHS = (1, 2, 5, 10)
 CLIENTS_PER_ROUND = (2, 4, 6, 8, 16)
 LONGER = 5  # local epochs with which whole methods are compared, too
+RIVALS = {
+    "FAMO": "famo",
+    "CAGrad": "cagrad",
+    "PCGrad": "pcgrad",
+    "selective updates": "selective",
+    "FedEM-2": "fedem",
+}  # fl.method of each
 
 
 def study(store: Store, tasks: str, seed: int, overrides: dict[str, Any]) -> Study:
@@ -232,6 +239,27 @@ def every_split(
     return recipes
 
 
+def rivals(
+    store: Store, seed: int, overrides: dict[str, Any], task_sets: Iterable[str] = TASK_SETS
+) -> Recipes:
+    """Today's rivals, all tasks in one network, beside all-in-one, its restart and MAS-2."""
+    recipes: Recipes = {}
+    for tasks in task_sets:
+        s = study(store, tasks, seed, overrides)
+        made = {"all-in-one": methods.all_in_one(s), "fedprox": methods.fedprox(s),
+                "gradnorm": methods.gradnorm(s), "MAS-1": methods.restarted(s, [tasks], "MAS-1"),
+                "MAS-2": methods.merge_and_split(s, 2)}  # fmt: skip
+        for name, method in RIVALS.items():
+            drawn = (("seed", float(seed)),) * (method in ("pcgrad", "selective"))
+            learners = f"mas_core.rules.fedem:{s.settings.model.size}"
+            network = {"model.size": learners} if method == "fedem" else {}
+            own = study(store, tasks, seed, overrides | network)
+            own = own.unmeasured(method=method, options=drawn)
+            made[name] = methods.train_groups(name, own, [tasks])
+        recipes |= {(name, tasks, seed): recipe for name, recipe in made.items()}
+    return recipes
+
+
 def published_taskonomy(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
     """What stands beside others' Taskonomy numbers: all-in-one, single tasks and pairs of sdnkt."""
     recipes = _all_in_one(store, ("sdnkt",), seed, overrides)
@@ -284,6 +312,7 @@ NOTEBOOKS: dict[str, tuple[Experiment, ...]] = {
     "supplement_figure_3_validation": (supplement_figure_3,),
     "ablation_schedule_gradient": (ablation,),
     "what_makes_it_work": (controls, every_split),
+    "rivals": (rivals, every_split, table_1),
     "your_own_tasks": (),
     "published_taskonomy": (published_taskonomy, figure_7),
     "claims": (figure_5, figure_6, figure_7, figure_8, figure_9, figure_10, table_1,

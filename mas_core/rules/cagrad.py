@@ -1,0 +1,62 @@
+"""CAGrad (Liu et al., 2021): an encoder gradient that lets no task's loss fall too slowly."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from ..affinity import encoder_gradients
+from ..models import TaskPass
+from .fedavg import FedAvg
+
+
+class CAGrad(FedAvg):
+    """The encoder steps along sum_i a_i g_i, g_i its gradient of loss i; a is from `weights`.
+
+    Decoders keep the gradients of their own losses. a sums the gradients where the methods'
+    papers take means, so that all tasks in agreement give the gradient of all-in-one.
+    """
+
+    captured = measures = False
+
+    def encoder_backward(self, forward: TaskPass, at_features: list[Tensor]) -> None:
+        gradients = encoder_gradients(self.net, forward, at_features, self.scale)
+        flat = torch.stack([torch.cat([t.flatten() for t in g]) for g in gradients])
+        a = self.weights((flat @ flat.T).double().cpu().numpy())
+        for p, of_tasks in zip(self.net.encoder.parameters(), zip(*gradients), strict=True):
+            p.grad = sum(float(x) * g for x, g in zip(a, of_tasks, strict=True))
+
+    def weights(self, G: np.ndarray) -> np.ndarray:
+        """a (n,) from the inner products G (n, n) of the tasks' gradients."""
+        return conflict_averse(G, self.fl.option("c", 0.4))
+
+
+def conflict_averse(G: np.ndarray, c: float) -> np.ndarray:
+    """Weights (n,) of the gradients g_i whose inner products are G (n, n).
+
+    The direction d maximises min_i <g_i, d> within |d - g_0| <= c |g_0|, g_0 the mean. Its dual is
+    min_w <g_w, g_0> + c |g_0| |g_w| over g_w = sum_i w_i g_i, w >= 0 of sum 1 (their Eq. 4), and
+    d = g_0 + c |g_0| g_w / |g_w| (Algorithm 1); the weights are those of n d. The released code
+    divides d by 1 + c^2 as well.
+    """
+    n = len(G)
+    if not G.any():
+        return np.ones(n)
+    G = G / np.trace(G)
+    mean = np.full(n, 1 / n)
+    radius = c * np.sqrt(mean @ G @ mean)
+
+    def norm(w: np.ndarray) -> float:
+        return np.sqrt(max(w @ G @ w, 1e-16))
+
+    w = minimize(
+        lambda w: w @ G @ mean + radius * norm(w),
+        mean,
+        jac=lambda w: G @ mean + radius * (G @ w) / norm(w),
+        bounds=[(0, 1)] * n,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
+        options={"ftol": 1e-12},
+    ).x
+    return n * (mean + radius * w / norm(w))

@@ -1,0 +1,249 @@
+"""Today's rivals: each rule against an example worked by hand or a public implementation."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mas_core.config import FL, override
+from mas_core.local import local_update
+from mas_core.models import MultiTaskNet, build
+from mas_core.paper.experiments import RIVALS
+from mas_core.records.store import Store
+from mas_core.records.training import train
+from mas_core.rules.cagrad import conflict_averse
+from mas_core.rules.famo import FAMO, W
+from mas_core.rules.fedem import FedEM, image_losses, responsibilities
+from mas_core.rules.pcgrad import projected
+from mas_core.rules.selective import affinity_propagation, grouped, tracked
+from mas_core.tasks import task_losses
+
+PLAIN = FL(batch_size=4)
+
+
+def gradients(n, seed):
+    """n random gradients of 30 numbers, some in conflict."""
+    rng = np.random.default_rng(seed)
+    return rng.uniform(0.5, 3, (n, 1)) * rng.normal(size=(n, 30))
+
+
+# --- FAMO -----------------------------------------------------------------------------------------
+
+
+def famo(w, **options):
+    fl = FL(method="famo", options=tuple(options.items()))
+    return FAMO(MultiTaskNet("dk", "tiny", 4), fl, {W: torch.tensor(w)})
+
+
+def test_famo_weights_follow_the_log_losses_by_hand():
+    """z = (1/2, 1/2); log losses fell by log 2 and 0; J^T of that is (log 2 / 4, -log 2 / 4).
+
+    Adam's first step is lr sign(gradient), whatever its size: the task that fell loses weight.
+    """
+    rule = famo([0.0, 0.0], decay=0.0)
+    rule.follow(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0]))
+    quarter = np.log(2) / 4
+    assert rule.w.grad.tolist() == pytest.approx([quarter, -quarter], rel=1e-6)
+    assert rule.travelling()[W].tolist() == pytest.approx([-0.025, 0.025], rel=1e-6)
+
+
+def test_famo_decay_pulls_w_to_zero():
+    rule = famo([1.0, -1.0], lr=0.1, decay=0.01)
+    rule.follow(torch.ones(2), torch.ones(2))  # nothing fell
+    assert rule.w.tolist() == pytest.approx([0.9, -0.9], rel=1e-4)
+
+
+def test_famo_steps_along_the_weighted_log_losses(batch):
+    """One step is SGD on n / sum(z / L) x sum_i z_i log L_i, the factor held constant."""
+    w, made, fl = torch.tensor([0.5, -0.2]), batch("dk"), replace(PLAIN, method="famo")
+    net, reference = (MultiTaskNet("dk", "tiny", 4, seed=2) for _ in range(2))
+    local_update(net, [made], fl, 0.01, state={W: w})
+    losses = task_losses(reference.train()(made.image), made)
+    z = w.softmax(0)
+    (2 / (z / losses.detach()).sum() * (z * losses.log()).sum()).backward()
+    sgd = torch.optim.SGD(reference.parameters(), 0.01, weight_decay=fl.weight_decay)
+    sgd.step()
+    for name, value in reference.state_dict().items():  # statistics: of one forward pass alone
+        torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+# --- CAGrad and PCGrad ----------------------------------------------------------------------------
+
+
+def test_cagrad_of_two_opposed_gradients_by_hand():
+    """g = (2, 0), (-1, 0): g_0 = (1/2, 0) and d = g_0 + c |g_0| g_w / |g_w|, c = 0.4.
+
+    <g_w, g_0> + c |g_0| |g_w| over g_w in [-1, 2] is least at -1 (-0.5 + 0.2): w = (0, 1), so
+    d = 1/2 - 0.2 and n d = 0.6.
+    """
+    J = np.array([[2.0, 0.0], [-1.0, 0.0]])
+    a = conflict_averse(J @ J.T, 0.4)
+    assert a == pytest.approx([1.0, 1.4], abs=1e-4)
+    assert a @ J == pytest.approx([0.6, 0.0], abs=1e-4)
+
+
+def test_cagrad_of_equal_gradients_and_without_radius():
+    assert conflict_averse(np.ones((3, 3)), 0.4).sum() == pytest.approx(3 * 1.4)
+    J = gradients(4, 0)
+    assert conflict_averse(J @ J.T, 0.0) == pytest.approx(np.ones(4))
+    assert conflict_averse(np.zeros((2, 2)), 0.4).tolist() == [1, 1]
+
+
+def test_pcgrad_of_two_conflicting_gradients_by_hand():
+    """g = (1, 0), (-1, 1): <g1, g2> = -1, so g1 + g2 / 2 = (1/2, 1/2) and g2 + g1 = (0, 1)."""
+    J = np.array([[1.0, 0.0], [-1.0, 1.0]])
+    a = projected(J @ J.T, [np.array([0, 1]), np.array([1, 0])])
+    assert a.tolist() == [2.0, 1.5] and (a @ J).tolist() == [0.5, 1.5]
+
+
+def test_pcgrad_depends_on_the_order_and_leaves_agreement_alone():
+    J = gradients(3, 1)
+    orders = [np.array([0, 1, 2])] * 3, [np.array([2, 1, 0])] * 3
+    one, other = (projected(J @ J.T, list(order)) for order in orders)
+    assert np.abs(one - other).max() > 1e-3
+    assert projected(np.ones((3, 3)), list(orders[0])).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("n", [2, 5, 9])
+def test_against_torchjd(n):
+    torchjd = pytest.importorskip("torchjd.aggregation")
+    J = gradients(n, n)
+    theirs = torch.from_numpy(J)
+    torch.manual_seed(n)
+    orders = [torch.randperm(n).numpy() for _ in range(n)]
+    torch.manual_seed(n)
+    assert projected(J @ J.T, orders) @ J == pytest.approx(torchjd.PCGrad()(theirs).numpy())
+    pytest.importorskip("cvxpy")
+    pytest.importorskip("clarabel")
+    ours = conflict_averse(J @ J.T, 0.4) @ J
+    expected = n * torchjd.CAGrad(0.4)(theirs).numpy()
+    assert np.linalg.norm(ours - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("method", ["cagrad", "pcgrad"])
+def test_gradients_in_agreement_are_those_of_all_in_one(batch, method):
+    """One task: the combined gradient is its own (times 1 + c); decoders are left alone."""
+    options = (("c", 0.0),) if method == "cagrad" else ()
+    fl = replace(PLAIN, method=method, options=options)
+    net, plain = (MultiTaskNet("d", "tiny", 4, seed=2) for _ in range(2))
+    state = {"pcgrad.round": torch.zeros((), dtype=torch.int64)}
+    local_update(net, [batch("d")], fl, 0.01, state=state)
+    local_update(plain, [batch("d")], PLAIN, 0.01)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+
+
+# --- Selective Task Group Updates -----------------------------------------------------------------
+
+
+def test_proximal_affinity_by_hand():
+    """Group {0, 1} of three tasks: losses 1, 1, 2 become 0.8, 1.4, 1. The effects, halved, are
+    0.1, -0.2, 0.25. Tasks 0 and 1 have opposite signs: -max(0.1, -0.2) onto each other; task 1's
+    own is negative and left out. With decay 1/2 from zero each is halved."""
+    before, after = np.array([1.0, 1.0, 2.0]), np.array([0.8, 1.4, 1.0])
+    B = tracked(np.zeros((3, 3)), [0, 1], before, after, 0.5)
+    expected = [[0.05, -0.05, 0.125], [-0.05, 0.0, 0.125], [0, 0, 0]]
+    np.testing.assert_allclose(B, expected, atol=1e-12)
+
+
+def test_groups_of_a_planted_matrix():
+    B = np.full((5, 5), -0.5)
+    B[:3, :3] = B[3:, 3:] = 0.9
+    np.fill_diagonal(B, 1)
+    assert grouped(B) == [[0, 1, 2], [3, 4]]
+    assert grouped(2 * B) == grouped(B)  # columns are over the task's own effect
+    B[0, 0] = 0
+    assert grouped(B) == [[0], [1], [2], [3], [4]]  # not yet known
+
+
+def test_affinity_propagation_finds_exemplars():
+    """Six points of a line in two heaps: the middle of each is the exemplar."""
+    x = np.array([0.0, 1.0, 2.1, 10.0, 11.0, 12.1])
+    S = -((x[:, None] - x) ** 2)
+    assert affinity_propagation(S).tolist() == [1, 1, 1, 4, 4, 4]
+    cluster = pytest.importorskip("sklearn.cluster")
+    theirs = cluster.AffinityPropagation(affinity="precomputed", convergence_iter=50).fit(S)
+    assert theirs.cluster_centers_indices_[theirs.labels_].tolist() == [1, 1, 1, 4, 4, 4]
+
+
+def test_groups_take_a_step_each(batch):
+    """At first every task is alone: n steps on a batch, the encoder moved by each of them."""
+    fl = replace(PLAIN, method="selective", momentum=0.0, weight_decay=0.0)
+    net, reference = (MultiTaskNet("dk", "tiny", 4, seed=2) for _ in range(2))
+    zero = torch.zeros((), dtype=torch.int64)
+    sent = {"selective.affinity": torch.zeros(2, 2), "selective.round": zero}
+    made = batch("dk")
+    result = local_update(net, [made], fl, 0.01, state=sent)
+    far = []
+    for order in ([0, 1], [1, 0]):
+        reference.load_state_dict(MultiTaskNet("dk", "tiny", 4, seed=2).state_dict())
+        sgd = torch.optim.SGD(reference.train().parameters(), 0.01)
+        for i in order:
+            sgd.zero_grad()
+            task_losses(reference(made.image), made)[i].backward()
+            sgd.step()
+        pairs = zip(net.parameters(), reference.parameters(), strict=True)
+        far.append(max((p - q).abs().max().item() for p, q in pairs))
+    assert min(far) < 1e-6 < 1e-5 < max(far)
+    B = result.travelling["selective.affinity"]
+    assert (B.diagonal() > 0).all() and result.travelling["selective.round"] == 1
+    steps = next(v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked"))
+    assert steps == 1
+
+
+# --- FedEM ----------------------------------------------------------------------------------------
+
+
+def test_responsibilities_by_hand():
+    """pi = (1/2, 1/2), losses 0 and log 3: weights 1 and 1/3, so 3/4 and 1/4."""
+    q = responsibilities(torch.tensor([0.5, 0.5]), torch.tensor([[0.0], [np.log(3.0)]]))
+    assert q.flatten().tolist() == pytest.approx([0.75, 0.25])
+    skewed = responsibilities(torch.tensor([0.25, 0.75]), torch.zeros(2, 1))
+    assert skewed.flatten().tolist() == pytest.approx([0.25, 0.75])
+
+
+def test_losses_of_images_average_to_the_batchs(batch):
+    made, net = batch("dk", images=3), MultiTaskNet("dk", "tiny", 4).eval()
+    outputs = net(made.image)
+    each = image_losses(outputs, made)
+    assert each.shape == (3, 2)
+    torch.testing.assert_close(each.mean(0), task_losses(outputs, made))
+
+
+def test_two_learners_mix_and_learn(settings, batch):
+    model = replace(settings.model, size="mas_core.rules.fedem:tiny")
+    net, made = build("sd", model, seed=2), batch("sd")
+    first = MultiTaskNet("sd", "tiny", 4, seed=2)
+    alone = net.learners[0]
+    assert all(torch.equal(p, q) for p, q in zip(alone.parameters(), first.parameters()))
+    assert not torch.equal(next(alone.parameters()), next(net.learners[1].parameters()))
+    net.eval()
+    net.pi.copy_(torch.tensor([0.25, 0.75]))
+    one, two, both = alone(made.image), net.learners[1](made.image), net(made.image)
+    torch.testing.assert_close(both["d"], 0.25 * one["d"] + 0.75 * two["d"])
+    shares = 0.25 * one["s"].softmax(1) + 0.75 * two["s"].softmax(1)
+    torch.testing.assert_close(both["s"].exp(), shares)
+    before = [next(m.parameters()).detach().clone() for m in net.learners]
+    rule = FedEM(net.train(), FL(method="fedem"), {})
+    rule.step(made, torch.optim.SGD(net.parameters(), 0.1))
+    assert all((p != next(m.parameters())).any() for p, m in zip(before, net.learners))
+    assert float(net.pi.sum()) == pytest.approx(1) and rule.seen == len(made)
+
+
+# --- All of them ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", RIVALS.values())
+def test_a_rival_resumes_to_the_bit(method, trajectory, folder, store, settings, tmp_path):
+    changes = {"fl.method": method, "fl.measure_rounds": 0, "fl.clients_per_round": 1}
+    if method == "fedem":
+        changes["model.size"] = "mas_core.rules.fedem:tiny"
+    s = override(settings, changes)
+    whole = replace(trajectory, tasks="sd", fl=s.fl, model=s.model)
+    for until in (2, 4):
+        train(whole, until, store, folder)
+    again = Store(tmp_path / "again", "small")
+    train(whole, 4, again, folder)
+    for name in ("test_last", "test_best"):
+        assert store.result(whole)[name] == again.result(whole)[name]
