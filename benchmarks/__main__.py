@@ -18,7 +18,7 @@ from .timing import about
 
 NAMES = (
     "affinity_cost", "small_step", "evaluation", "splitting", "rendering", "affinity_agreement",
-    "fl_loop", "method_cost", "data_loading", "startup", "workers",
+    "fl_loop", "method_cost", "rival_cost", "data_loading", "startup", "workers",
 )  # fmt: skip
 
 

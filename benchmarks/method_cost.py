@@ -18,8 +18,8 @@ import torch
 from mas_core.config import Settings
 from mas_core.data.clients import open_data
 from mas_core.federated import run_round
-from mas_core.paper.experiments import ask, figure_5, figure_6
-from mas_core.records.store import open_store
+from mas_core.paper.experiments import Key, ask, figure_5, figure_6
+from mas_core.records.store import Store, open_store
 from mas_core.records.study import MethodResult
 from mas_core.records.training import build, start_state
 from mas_core.records.trajectory import Trajectory
@@ -28,6 +28,7 @@ from .scenes import prepared
 from .timing import Row, in_turns, main
 
 RECORDS = Path(__file__).parent.parent / "results"
+OF_A_METHOD = ("method", "prox_mu", "gradnorm_alpha", "gradnorm_lr", "options")
 
 
 def measure(quick: bool, folder: Path) -> list[Row]:
@@ -38,13 +39,20 @@ def measure(quick: bool, folder: Path) -> list[Row]:
         recorded = {key: r for key, r in recorded.items() if key[0] in ("one-by-one", "MAS-2")}
     else:
         recorded |= ask(figure_6, store, partial=True)
+    return timed(recorded, preset, store, rooms, 1 if quick else 3)
+
+
+def timed(
+    recorded: dict[Key, MethodResult], preset: Settings, store: Store, rooms: Path, repeats: int
+) -> list[Row]:
+    """Every result but one-by-one's against that of its task set, which has to be among them."""
     rounds = {key: rounds_trained(result, preset) for key, result in recorded.items()}
     data, actions = open_data(preset.data, rooms, "sdnkterca"), {}
     for trajectory in dict.fromkeys(t for counted in rounds.values() for t in counted):
         net = build(trajectory).to(memory_format=torch.channels_last)
         state = start_state(trajectory, net, store, rooms)
         actions[trajectory] = partial(run_round, net, state, trajectory, 0, data)
-    seconds = in_turns(actions, 1 if quick else 3)
+    seconds = in_turns(actions, repeats)
     cost = {
         key: [sum(n * s for n, s in zip(counted.values(), turn, strict=True))
               for turn in zip(*(seconds[t] for t in counted), strict=True)]
@@ -65,9 +73,10 @@ def rounds_trained(result: MethodResult, preset: Settings) -> Counter[Trajectory
     counted: Counter[Trajectory] = Counter()
     for part in result.parts:
         t = part.trajectory
-        same = {k: getattr(t.fl, k) for k in ("method", "prox_mu", "gradnorm_alpha", "gradnorm_lr")}
+        same = {k: getattr(t.fl, k) for k in OF_A_METHOD}
         fl = replace(preset.fl, measure_rounds=0, **same)
-        plain = Trajectory(t.tasks, 0, preset.data, preset.model, fl)
+        model = t.model if ":" in t.model.size else preset.model  # a network of the method's own
+        plain = Trajectory(t.tasks, 0, preset.data, model, fl)
         measuring = replace(plain, fl=replace(fl, measure_rounds=1))
         measured = max(0, min(part.affinity_rounds, part.end) - part.begin)
         counted += Counter({measuring: measured, plain: part.end - part.begin - measured})

@@ -16,7 +16,7 @@ from benchmarks.splitting import enumerate_partitions
 from mas_core.config import FL, settings
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
-from mas_core.paper.experiments import ask, figure_5
+from mas_core.paper.experiments import ask, figure_5, rivals
 from mas_core.records.store import open_store
 from mas_core.split import best_splits
 
@@ -98,6 +98,8 @@ def test_a_method_pays_for_its_rounds_and_for_the_affinities_it_reads():
         assert all(t.parent is None and t.start_round == 0 for t in counted)
         return {(t.tasks, t.fl.method, t.fl.measure_rounds): n for t, n in counted.items()}
 
+    results |= ask(rivals, open_store("small", method_cost.RECORDS), partial=True)
+    assert rounds("FAMO") == {("sdnkt", "famo", 0): 100}
     assert rounds("one-by-one") == {(a, "fedavg", 0): 100 for a in "sdnkt"}
     assert rounds("gradnorm") == {("sdnkt", "gradnorm", 0): 100}
     assert rounds("MAS-2") == {

@@ -1,6 +1,7 @@
 """Today's rivals: each rule against an example worked by hand or a public implementation."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from mas_core.config import FL, override
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet, build
+from mas_core.paper import subsets
 from mas_core.paper.experiments import RIVALS
 from mas_core.records.store import Store
 from mas_core.records.training import train
@@ -247,3 +249,39 @@ def test_a_rival_resumes_to_the_bit(method, trajectory, folder, store, settings,
     train(whole, 4, again, folder)
     for name in ("test_last", "test_best"):
         assert store.result(whole)[name] == again.result(whole)[name]
+
+
+# --- Predictors from trained subsets --------------------------------------------------------------
+
+
+def test_gains_and_the_subset_mean_by_hand():
+    losses = {"d": {"d": 2.0}, "k": {"k": 1.0}, "n": {"n": 4.0}, "dk": {"d": 1.0, "k": 1.1},
+              "dn": {"d": 1.5, "n": 4.0}, "dkn": {"d": 1.8, "k": 0.8, "n": 3.0}}  # fmt: skip
+    gains = subsets.gains_of(losses)
+    assert gains["dk", "d"] == 50 and gains["dk", "k"] == pytest.approx(-10)
+    # Onto d: with k 50 and 10, mean 30; with n 25 and 10, mean 17.5.
+    assert subsets.subset_mean(gains, "dkn", "d") == pytest.approx((30 + 17.5) / 2)
+    assert subsets.task_mean(gains, "dkn", "d") == pytest.approx((50 + 25 + 10) / 3)
+
+
+def every_group(gain):
+    groups = ["".join(g) for x in (2, 3, 4) for g in combinations("dknst", x)]
+    return {(g, a): float(gain(g, a)) for g in groups for a in g}
+
+
+def test_a_ridge_finds_gains_that_add_up():
+    """Each other task in the group adds its own number: ridge is exact, a mean is not."""
+    adds = dict(zip("dknst", (1.0, -2.0, 3.0, 0.5, -1.0)))
+    gains = every_group(lambda g, a: sum(adds[b] for b in g if b != a))
+    flat = subsets.ridge_after(lambda *_: 0.0)
+    assert subsets.leave_groups_out(gains, flat)[0] > 0.999
+    assert subsets.leave_groups_out(gains, subsets.subset_mean)[0] < 0.9
+    assert subsets.leave_groups_out(gains, subsets.task_mean)[0] == pytest.approx(0)
+
+
+def test_a_line_through_affinities_and_no_look_at_hidden_groups():
+    gains = every_group(lambda g, a: 7.0 - 2.0 * len(g))
+    R2, found = subsets.leave_groups_out(gains, subsets.affinity_line(gains))
+    assert R2 == pytest.approx(1) and found == pytest.approx(gains)
+    hidden = gains | {("dk", "d"): 1e6}
+    assert subsets.leave_groups_out(hidden, subsets.subset_mean)[1]["dk", "d"] < 100

@@ -135,10 +135,11 @@ def time_ratios(folder: Path | str) -> dict[tuple[str, str], list[float]]:
     """
     found: dict[tuple[str, str], list[float]] = {}
     for file in sorted(Path(folder, "benchmarks").glob("*.json")):
-        for row in json.loads(file.read_text())["subjects"].get("method_cost", []):
+        subjects = json.loads(file.read_text())["subjects"]
+        for row in (*subjects.get("method_cost", []), *subjects.get("rival_cost", [])):
             tasks, _, method = row["subject"].partition(": ")
             values = [row["min"], row["median"], row["max"]][: row["values"]]
-            found.setdefault((tasks, method.partition(" ")[0]), values)
+            found.setdefault((tasks, method.rpartition(" (")[0]), values)
             found.setdefault((tasks, "one-by-one"), [1.0] * len(values))
     return found
 

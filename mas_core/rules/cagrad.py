@@ -37,7 +37,7 @@ def conflict_averse(G: np.ndarray, c: float) -> np.ndarray:
     """Weights (n,) of the gradients g_i whose inner products are G (n, n).
 
     The direction d maximises min_i <g_i, d> within |d - g_0| <= c |g_0|, g_0 the mean. Its dual is
-    min_w <g_w, g_0> + c |g_0| |g_w| over g_w = sum_i w_i g_i, w >= 0 of sum 1 (their Eq. 4), and
+    min_w <g_w, g_0> + c |g_0| |g_w| over g_w = sum_i w_i g_i, w >= 0 of sum 1, and
     d = g_0 + c |g_0| g_w / |g_w| (Algorithm 1); the weights are those of n d. The released code
     divides d by 1 + c^2 as well.
     """

@@ -15,7 +15,7 @@ from .fedavg import FedAvg
 
 
 class Learners(nn.Module):
-    """Networks whose predictions are mixed by pi (M,): h(x) = sum_m pi_m h_m(x) (their Eq. 4).
+    """Networks whose predictions are mixed by pi (M,): h(x) = sum_m pi_m h_m(x).
 
     Of classes the probabilities are mixed. The first learner starts from the weights that
     `MultiTaskNet` would have; all of them, and pi, travel as the network's own state.
@@ -46,11 +46,11 @@ full, half, small, tiny = (partial(Learners, size=s) for s in ("full", "half", "
 
 
 class FedEM(FedAvg):
-    """Expectation and maximisation on every batch, for a network of `Learners`.
+    """Expectation and maximisation (Algorithm 1) on every batch, for a network of `Learners`.
 
-    E: q_m(b) proportional to pi_m exp(-sum_i L_i(h_m(x_b), y_b)), for every image b (their Eq. 10).
-    M: pi is the mean of q over the images of this visit so far (Eq. 11); learner m steps on the
-    mean over b of q_m(b) sum_i L_i(b) (Eq. 12), times M, so that the learning rate means what it
+    E: q_m(b) proportional to pi_m exp(-sum_i L_i(h_m(x_b), y_b)), for every image b.
+    M: pi is the mean of q over the images of this visit so far; learner m steps on the
+    mean over b of q_m(b) sum_i L_i(b), times M, so that the learning rate means what it
     means for all-in-one. Two networks train and travel: twice the cost of all-in-one.
 
     Their E step passes over all images before the M step; here the batch's own forward pass
