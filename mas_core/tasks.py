@@ -91,6 +91,7 @@ class Task:
     flip_signs: tuple[float, ...] | None = None  # signs of the channels under a horizontal flip
     masked: bool = False  # only pixels of valid depth count
     classes: bool = False  # the stored values are class ids, 0 = unlabelled; `channels` classes
+    score: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # tested beside the loss
 
     def decode(self, raw: Tensor) -> Tensor:
         """Encoded (B, H, W[, 3]) -> target (B, C, H, W) float32; of classes (B, H, W) int64."""
@@ -219,3 +220,12 @@ def task_losses(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
             for a, out in outputs.items()
         ]
     )
+
+
+def task_scores(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+    """`Task.score` of every task on one batch, in the order of `outputs`: (n,), NaN without one."""
+    scores = [batch.table[a].score for a in outputs]
+    return torch.stack([
+        score(out.float(), batch.targets[a], batch.mask) if score else out.new_tensor(torch.nan)
+        for score, (a, out) in zip(scores, outputs.items())
+    ])  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from ..tasks import Batch, Task, task_losses
 
 
 @torch.no_grad()
-def evaluate(net: MultiTaskNet, batches: Iterable[Batch]) -> dict[str, float]:
-    """Mean loss of every task over all images of `batches`, each image counted once.
+def evaluate(
+    net: MultiTaskNet, batches: Iterable[Batch], measure: Callable = task_losses
+) -> dict[str, float]:
+    """Mean loss (or `measure`) of every task over all images of `batches`, each counted once.
 
     BatchNorm uses its running statistics. The losses stay on the device until the last batch.
     """
@@ -23,7 +25,7 @@ def evaluate(net: MultiTaskNet, batches: Iterable[Batch]) -> dict[str, float]:
     for batch in batches:
         with torch.autocast("cuda", torch.bfloat16, enabled=batch.image.is_cuda):
             outputs = net(batch.image)
-        losses = task_losses(outputs, batch) * len(batch)
+        losses = measure(outputs, batch) * len(batch)
         total = losses if total is None else total + losses
         images += len(batch)
     if total is None:
@@ -51,8 +53,8 @@ def constant_losses(
     constants = {a: _constant(table[a], torch.cat(values)) for a, values in sample.items()}
     total, images = torch.zeros(len(tasks), device=device), 0
     for batch in data.evaluation("test", tasks, 64, device):
-        shape = (len(batch), -1, *batch.image.shape[-2:])
-        outputs = {a: constants[a].view(1, -1, 1, 1).expand(shape) for a in tasks}
+        sides = {a: batch.targets[a].shape[-2:] for a in tasks}  # 1, 1: one label an image
+        outputs = {a: constants[a].view(1, -1, 1, 1).expand(len(batch), -1, *sides[a]) for a in tasks}
         total += task_losses(outputs, batch) * len(batch)
         images += len(batch)
     return dict(zip(tasks, (total / images).tolist(), strict=True))

@@ -16,6 +16,7 @@ from ..federated import Clients, Round, check_finite, load_state, run_round, sta
 from ..local import sgd
 from ..models import MultiTaskNet, State, restrict_state
 from ..rules.fedavg import rule_of
+from ..tasks import task_losses, task_scores
 from .cost import Meter, device_clock, device_name, peak_memory_bytes
 from .evaluate import constant_losses, evaluate
 from .store import Store, provenance
@@ -234,8 +235,8 @@ def _result(run: _Run, store: Store) -> dict[str, Any]:
     """Test losses of the last round's model and of the one with the least validation loss."""
     trajectory, net, data, device = run.trajectory, run.net, run.data, run.device
 
-    def test(client: int | None = None) -> dict[str, float]:
-        return evaluate(net, data.evaluation("test", net.tasks, 64, device, client))
+    def test(client: int | None = None, measure: Callable = task_losses) -> dict[str, float]:
+        return evaluate(net, data.evaluation("test", net.tasks, 64, device, client), measure)
 
     load_state(net, run.state)
     last = test()
@@ -244,6 +245,8 @@ def _result(run: _Run, store: Store) -> dict[str, Any]:
     load_state(net, {name: tensor.to(device) for name, tensor in best_state.items()})
     counts = [data.count(k, "test") for k in range(len(data.names))]
     of_clients = [test(k) if n else dict.fromkeys(net.tasks) for k, n in enumerate(counts)]
+    scored = [a for a in net.tasks if net.table[a].score]
+    scores = test(measure=task_scores) if scored else {}
     machines = store.machines(trajectory)
     return {
         "trajectory": trajectory.id,
@@ -254,6 +257,7 @@ def _result(run: _Run, store: Store) -> dict[str, Any]:
         "test_best_clients": {
             a: [x[a] and float(f"{x[a]:.6g}") for x in of_clients] for a in net.tasks
         },
+        **({"test_scores": {a: scores[a] for a in scored}} if scored else {}),
         "test_constant": constant_losses(data, net.tasks, device),
         "test_images": sum(counts),
         "data": data.images,
