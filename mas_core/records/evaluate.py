@@ -54,7 +54,8 @@ def constant_losses(
     total, images = torch.zeros(len(tasks), device=device), 0
     for batch in data.evaluation("test", tasks, 64, device):
         sides = {a: batch.targets[a].shape[-2:] for a in tasks}  # 1, 1: one label an image
-        outputs = {a: constants[a].view(1, -1, 1, 1).expand(len(batch), -1, *sides[a]) for a in tasks}
+        same = {a: c.view(1, -1, 1, 1) for a, c in constants.items()}
+        outputs = {a: same[a].expand(len(batch), -1, *sides[a]) for a in tasks}
         total += task_losses(outputs, batch) * len(batch)
         images += len(batch)
     return dict(zip(tasks, (total / images).tolist(), strict=True))
