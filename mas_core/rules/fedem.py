@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Model, stream_seed
-from ..models import MultiTaskNet, TaskPass
+from ..models import MultiTaskNet, State, TaskPass
 from ..tasks import Batch, TaskTable, task_losses
 from .fedavg import FedAvg
 
@@ -60,6 +60,10 @@ class FedEM(FedAvg):
 
     captured = measures = False
     seen = 0  # images of this visit
+
+    @classmethod
+    def report(cls, state: State, tasks: str) -> dict[str, float]:
+        return {f"pi_{m}": p for m, p in enumerate(state["pi"].tolist())}
 
     def step(
         self,
