@@ -149,6 +149,8 @@ class FL:
     # What is measured as affinity: Eq. 3, a cheaper variant, or a function like these.
     affinity: _one_of(*MEASURES) = "lookahead"
     options: tuple[tuple[str, FiniteFloat], ...] = ()  # numbers of a method, by name
+    # grouped: a round's clients side by side where that can be (grouped.py); equal to rounding.
+    arithmetic: Literal["single", "grouped"] = "single"
 
     def __post_init__(self) -> None:
         if self.clients is not None and not self.clients:
@@ -245,7 +247,11 @@ _SMALL = Settings(
     Model("small", output_stride=4),
     FL(batch_size=8, measure_rounds=100),
 )
-_MEDIUM = replace(_SMALL, data=replace(_SMALL.data, views=480))
+_MEDIUM = replace(
+    _SMALL,
+    data=replace(_SMALL.data, views=480),
+    fl=replace(_SMALL.fl, arithmetic="grouped"),
+)
 _PAPER = Settings(
     Data("taskonomy", size=256, buildings=32),
     Model("full", output_stride=16),

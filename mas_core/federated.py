@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .config import FL, UserError, stream
+from .grouped import can_group, train_clients
 from .local import LocalResult, local_update
 from .models import MultiTaskNet, State
 from .rules.fedavg import rule_of, weighted_mean
@@ -98,22 +99,29 @@ def run_round(
     """One round of FedAvg: phi^{r+1} = sum_k p_k phi^{k,r}, p_k proportional to the data size.
 
     Returns the new state and what the round leaves behind. `net` is the one working copy that
-    every client trains in turn; `capture` and `clock` are handed to `local_update`.
+    every client trains in turn; `capture` and `clock` are handed to `local_update`. With
+    `fl.arithmetic="grouped"` clients are trained side by side where that can be (`can_group`).
     """
     fl, tasks = training.fl, net.tasks
     rule = rule_of(fl)
     clients = select_clients(training, len(data.names), round_)
     sizes = {k: data.count(k, "train") for k in clients}
+    longest = sorted(clients, key=sizes.get, reverse=True)
     p = {k: sizes[k] / sum(sizes.values()) for k in clients}
     lr = training.lr(round_)
     measure = round_ < fl.measure_rounds and rule.measures and len(tasks) > 1
     results: dict[int, LocalResult] = {}
 
     def trained() -> Iterator[tuple[State, float]]:
+        """Every client's new state; the next client may overwrite it."""
+        batches = {k: client_batches(training, data, k, round_, state_device(net)) for k in longest}
+        together = can_group(net, fl) and train_clients(net, state, batches, fl, lr, measure, clock)
         for k in clients:
-            own = load_state(net, state)
-            batches = client_batches(training, data, k, round_, state_device(net))
-            results[k] = local_update(net, batches, fl, lr, measure, state, capture, clock)
+            if together:
+                own, results[k] = together[k]
+            else:
+                own = load_state(net, state)
+                results[k] = local_update(net, batches[k], fl, lr, measure, state, capture, clock)
             for step in results[k].step_losses.tolist():
                 check_finite(step, tasks, f"client {data.names[k]}", round_, lr)
             yield own | results[k].travelling, p[k]

@@ -39,7 +39,12 @@ def _masked_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def rotation_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Masked L1, for each image the least over the nine shifts of the output by one pixel at most.
+    """Masked L1, an image's the least over the nine shifts of the output by one pixel at most."""
+    return rotation_l1_by_image(output, target, mask).mean()
+
+
+def rotation_l1_by_image(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """The images' own, (B, C, H, W) -> (B,).
 
     The best shift is found without autograd; then the target is moved under the output, so that
     the backward pass is that of one masked L1. Value and gradient are those of the minimum.
@@ -64,7 +69,7 @@ def rotation_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
             return windows[rows, :, 2 - y, 2 - x]
 
         target, mask = shifted(target), shifted(mask)
-    return _masked_l1(output, target, mask).mean()
+    return _masked_l1(output, target, mask)
 
 
 def l1_invalid_zero(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
