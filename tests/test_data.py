@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -385,3 +386,20 @@ def test_rooms_are_rendered_and_prepared_once(tmp_path):
             ensure_rooms(rooms, place, progress=False)
     with pytest.raises(UserError, match="--data"):
         ensure_rooms(config(), None)
+
+
+def test_threads_open_arrays_one_after_the_other(three, monkeypatch):
+    """NumPy reads headers by `ast.literal_eval`, which two threads at once break in Python 3.11."""
+    inside, most, real = [0], [0], np.lib.format.open_memmap
+
+    def slow(*args, **options):
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.005)
+        inside[0] -= 1
+        return real(*args, **options)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", slow)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert open_data(config(), three, "dn").names == ["ann", "bob"]
+    assert most[0] == 1

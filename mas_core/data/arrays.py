@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -60,6 +61,7 @@ def read_json(path: Path, kind: type[Json]) -> Json:
 
 
 _whole: set[tuple[int, int, int, int, str]] = set()  # arrays verified by this process
+_one_header = threading.Lock()  # NumPy parses headers by `ast`, which Python 3.11 does not share
 
 
 def open_array(folder: Path, domain: str, record: Record, size: int, stored: str) -> np.ndarray:
@@ -74,7 +76,8 @@ def open_array(folder: Path, domain: str, record: Record, size: int, stored: str
     path = folder / f"{domain}.npy"
     try:
         # Copy on write: PyTorch wants writable memory, and the file must never change.
-        array = np.lib.format.open_memmap(path, mode="c")
+        with _one_header:
+            array = np.lib.format.open_memmap(path, mode="c")
         found = array.dtype.str, array.shape
         if found != array_type(stored, len(record.views), size):
             raise ValueError(f"holds {array.dtype} {array.shape}")
