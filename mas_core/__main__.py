@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     _run_options(command("run", _run, "train one method and print its result"))
     _plan_options(command("plan", _plan, "what notebooks would train, what is done, the cost"))
     _reproduce_options(command("reproduce", _reproduce, "train what is missing, run the notebooks"))
+    _campaign_options(command("campaign", _campaign, "train what the evidence lacks in a time"))
+    _unpack_options(command("unpack", _unpack, "add the records that a campaign has packed"))
     _status_options(command("status", _status, "what the records hold"))
     _render_options(command("render", _render, "write procedural buildings like Taskonomy's"))
     _prepare_options(command("prepare", _prepare, "verify and decode a Taskonomy folder"))
@@ -197,6 +199,32 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         print(slurm_job_script(arguments.slurm, arguments.device or "cuda"))
         return 0
     return reproduce(arguments, _overrides(arguments), _computed(arguments))
+
+
+def _campaign_options(campaign: argparse.ArgumentParser) -> None:
+    campaign.add_argument("--budget", required=True, help="a time such as 540s, 9m or 2h")
+    campaign.add_argument("--pack", type=Path, required=True, metavar="FILE",
+                          help="where records go, a .tar.gz or .zip")  # fmt: skip
+    _records(campaign)
+    _compute(campaign)
+
+
+def _campaign(arguments: argparse.Namespace) -> int:
+    from .paper.campaign import campaign, seconds_of
+
+    budget, compute = seconds_of(arguments.budget), _computed(arguments, os.cpu_count() or 1)
+    return campaign(budget, arguments.pack, arguments.results, compute, arguments.data)
+
+
+def _unpack_options(unpack: argparse.ArgumentParser) -> None:
+    unpack.add_argument("file", type=Path, metavar="FILE")
+    _results(unpack)
+
+
+def _unpack(arguments: argparse.Namespace) -> int:
+    from .paper.campaign import unpack
+
+    return unpack(arguments.file, arguments.results)
 
 
 def _status_options(status: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -94,6 +95,15 @@ class Store:
                 "restore the file, or delete the folder to train anew"
             )
         return trajectory
+
+    def parent_id(self, id_: str) -> str | None:
+        """The id of the record that a record's configuration names as its parent."""
+        path = self.folder(id_) / "config.json"
+        values = self._read_json(path)
+        parent = values.get("parent", "") if isinstance(values, dict) else ""
+        if parent is not None and not re.fullmatch(r"\w+-s\d+-[0-9a-f]{10}", str(parent)):
+            raise UserError(f"{path} is no configuration of a trajectory")
+        return parent
 
     def check(self, trajectory: Trajectory) -> None:
         """A UserError where a record does not match its id or lacks parts; looks once."""
@@ -194,6 +204,10 @@ class Store:
             if more and replace(other, fl=same) == trajectory:
                 return other
         return trajectory
+
+    def write_file(self, trajectory: Trajectory, name: str, content: bytes) -> None:
+        """A file of a record from elsewhere, as it is."""
+        self._write(self.folder(trajectory) / name, content)
 
     def write_rounds(self, trajectory: Trajectory, rows: list[dict[str, Any]]) -> None:
         self._write(self.folder(trajectory) / "rounds.csv", _csv_text(rows))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..config import Data, UserError
+from ..config import UserError
 from ..federated import TrainingDiverged
 from ..methods import Need
 from ..records.store import Store
@@ -98,7 +98,7 @@ class InProcess(Executor):
 def run(
     recipes: Recipes,
     store: Store,
-    data_folder: Path | Mapping[Data, Path],
+    data_folder: Path,
     device: str = "cpu",
     executor: Executor | None = None,
     threads: int | None = None,
@@ -111,20 +111,18 @@ def run(
 
     A trajectory that several recipes need is trained once. At most `slots` jobs are out at a time
     (a function where workers come and go), parents before children, each on `threads` threads
-    (None: PyTorch's setting). `data_folder` is one for all, or one for each `Data` there is.
-    `resubmit` names errors that mean a worker was lost, not that a job failed: such a job is handed
-    out again and resumes, if it got a round further. When a trajectory fails, the recipes that need
-    it stop, the others go on, and an EngineError ends the run.
+    (None: PyTorch's setting). `resubmit` names errors that mean a worker was lost, not that a job
+    failed: such a job is handed out again and resumes, if it got a round further. When a trajectory
+    fails, the recipes that need it stop, the others go on, and an EngineError ends the run.
 
     With `stop_at`, seconds since 1970, the recipes are in order of worth: what the first ones need
     is trained first, and no round is begun that would end later. What is returned lacks the recipes
     that did not come to their end.
     """
-    folders = data_folder if isinstance(data_folder, Mapping) else None
     driver = Driver(
         recipes,
         store,
-        lambda t: folders[t.data] if folders else data_folder,
+        data_folder,
         executor or InProcess(),
         lambda: slots() if callable(slots) else slots,
         Progress() if progress is None else progress,
@@ -149,7 +147,7 @@ class Driver:
 
     recipes: Recipes
     store: Store
-    folder: Callable[[Trajectory], Path]
+    folder: Path
     executor: Executor
     slots: Callable[[], int]
     progress: Progress
@@ -257,7 +255,7 @@ class Driver:
             self.progress.running = [*(job.need for job in self.out.values()), need]
             # Workers elsewhere have their own working directory.
             where = (os.path.abspath(self.store.results), self.store.preset,
-                     os.path.abspath(self.folder(t)))  # fmt: skip
+                     os.path.abspath(self.folder))  # fmt: skip
             begun = time.time()
             try:
                 future = self.executor.submit(train_job, t, need.until, *where, *how)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Data, Settings, UserError
+from ..config import Settings, UserError
 from ..data.clients import ensure_rooms
 from ..data.processes import local_workers
 from ..records.store import Store
@@ -51,17 +50,17 @@ def train_recipes(
     recipes: Recipes,
     store: Store,
     settings: Settings,
-    data: Path | str | None | Mapping[Data, Path],
+    data: Path | str | None,
     compute: Compute,
     **how: Any,
 ) -> dict[Any, Any]:
     """Drive recipes to their end with progress shown; rooms are rendered where there are none.
 
-    `data` is one folder (None: `rooms_folder`), or one for each `Data`; `how` goes to `engine.run`.
+    `data` is their folder (None: `rooms_folder`); `how` goes to `engine.run`.
     """
     elsewhere = bool(compute.dask or compute.slurm)  # where a GPU here says nothing
     device = (compute.device or "cuda") if elsewhere else choose_device(compute.device)
-    folder = data if isinstance(data, Mapping) else ensure_rooms(settings.data, data)
+    folder = ensure_rooms(settings.data, data)
     threads = compute.threads or default_threads(settings.model.size, compute.workers, elsewhere)
     executor, slots = None, compute.workers
     with ExitStack() as stack:
