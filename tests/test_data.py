@@ -216,7 +216,7 @@ def test_fingerprint_is_of_the_content_not_of_the_folder(three, tmp_path):
 
 def test_open_takes_the_root_the_out_folder_or_the_size_folder(three):
     for folder in (three, three / "prepared", three / "prepared" / f"{SIZE}px"):
-        assert open_data(config(2), folder, "sd").names == ["ann", "bob", "cat"]
+        assert open_data(config(2), folder, "sd").names == ["ann", "bob"]
 
 
 def test_open_says_what_is_wrong(three, tmp_path):

@@ -2,6 +2,10 @@
 
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from mas_core.paper import experiments, reproduce
 from mas_core.records.store import Store
 from mas_core.records.trajectory import Trajectory
 
+ROOT = Path(__file__).resolve().parents[1]
 SMOKE = preset_settings("smoke")
 
 
@@ -86,6 +91,47 @@ def test_only_a_notebook_that_ran_to_its_end_is_ok(tmp_path, monkeypatch):
     threads = max(1, (os.cpu_count() or 1) // 3)  # three kernels share the cores
     assert (figures / "good.png").read_text() == f"[3, 4] {threads}"
     assert str(tmp_path) not in (tmp_path / "out" / "good.ipynb").read_text()
+
+
+def marked(marker):
+    """Processes that have not ended with a marker in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            ended = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if not ended and marker.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are listed by /proc")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_kernel_outlives_the_command(tmp_path, how):
+    (tmp_path / "notebooks").mkdir()
+    cell = "from pathlib import Path; Path('begun').touch(); import time; time.sleep(1000)"
+    nbformat.write(notebook(PARAMETERS, cell), tmp_path / "notebooks" / "figure_04_data.ipynb")
+    marker = f"MAS_TEST={tmp_path}"
+    command = [sys.executable, "-m", "mas_core", "reproduce", "figure_04_data", "--no-train"]
+    environment = os.environ | {"MAS_TEST": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / "notebooks" / "begun").exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        assert len(marked(marker)) == 3  # the command, papermill, the kernel
+        process.send_signal(how)
+        end = time.monotonic() + 60
+        while marked(marker):
+            assert time.monotonic() < end, f"left: {marked(marker)}"
+            time.sleep(0.1)
+        assert process.wait() == (130 if how == signal.SIGTERM else -signal.SIGKILL)
+    finally:
+        for left in marked(marker):
+            os.kill(left, signal.SIGKILL)
+        process.communicate()
 
 
 def test_an_error_without_a_message_is_told_by_its_name(tmp_path):

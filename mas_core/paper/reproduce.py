@@ -195,7 +195,10 @@ def _start(
     """
     given = base64.b64encode(json.dumps(values).encode()).decode()  # JSON is YAML
     target = os.path.relpath(out / f"{stem}.ipynb", folder)
-    command = [sys.executable, "-m", "papermill", f"{stem}.ipynb", target, "-b", given,
+    run = ("import os, sys; from mas_core.data.processes import interrupt_without; "
+           "interrupt_without(int(sys.argv.pop(1))); "
+           "from papermill.__main__ import papermill; papermill()")  # fmt: skip
+    command = [sys.executable, "-c", run, str(os.getpid()), f"{stem}.ipynb", target, "-b", given,
                "--kernel", "python3", "--no-progress-bar"]  # fmt: skip
     return subprocess.Popen(
         command, cwd=folder, env={"OMP_NUM_THREADS": str(threads)} | os.environ,

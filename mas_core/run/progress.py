@@ -96,9 +96,13 @@ def _bar(rounds: Rounds, stop: threading.Event) -> None:
 
 def _lines(rounds: Rounds, stop: threading.Event) -> None:
     began, ended = time.monotonic(), False
+    said = began
     while not ended:
-        ended = stop.wait(LINE_SECONDS)
-        before, now, wanted = rounds.count()
+        ended = stop.wait(min(1.0, LINE_SECONDS))
+        before, now, wanted = rounds.count()  # each second: what is short is seen, too
+        if not ended and time.monotonic() < said + LINE_SECONDS:
+            continue
+        said = time.monotonic()
         text = f"train: {now}/{wanted} rounds, {rounds.text()}"
         if not ended and now > before:
             left = (time.monotonic() - began) * (wanted - now) / (now - before)
