@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import methods
-from ..config import UserError, settings
+from ..config import MEASURES, UserError, settings
 from ..methods import Recipe
 from ..records.store import Store
 from ..records.study import Study
@@ -28,6 +28,7 @@ Experiment = Callable[[Store, int, dict[str, Any]], Recipes]  # store, seed, ove
 
 LOCAL_EPOCHS = (1, 2, 5, 10)
 CLIENTS_PER_ROUND = (2, 4, 6, 8, 16)
+DIALS = (0.0, 0.35, 0.7, 1.0)  # data.heterogeneity: the chance that a room's trait is its building's
 LONGER = 5  # local epochs with which whole methods are compared, too
 RIVALS = {
     "FAMO": "famo",
@@ -257,6 +258,56 @@ def rivals(
             own = own.unmeasured(method=method, options=drawn)
             made[name] = methods.train_groups(name, own, [tasks])
         recipes |= {(name, tasks, seed): recipe for name, recipe in made.items()}
+    return recipes
+
+
+def affinity_measures(
+    store: Store, seed: int, overrides: dict[str, Any], task_sets: Iterable[str] = TASK_SETS[:2]
+) -> Recipes:
+    """Every initialised split, and the first affinities by each measure, to choose among them.
+
+    Written down before any but Eq. 3 was measured. Expected: on sdnkt Eq. 3 chooses splits of lower
+    loss than a random one; first order and representation choose splits within 0.5 % of Eq. 3's;
+    the cosine, which forgets how large losses and gradients are, chooses worse ones. Judged by the
+    per cent of total test loss saved against the mean over all partitions into as many groups,
+    mean of x = 2 and 3, paired by seed, 95 % intervals of Student's t.
+    """
+    recipes = every_split(store, seed, overrides, task_sets)
+    for tasks in task_sets:
+        for kind in MEASURES:
+            s = measured_by(store, tasks, seed, overrides, kind)
+            recipes[f"affinities {kind}", tasks, seed] = methods.first_rounds(s)
+    return recipes
+
+
+def measured_by(
+    store: Store, tasks: str, seed: int, overrides: dict[str, Any], kind: str
+) -> Study:
+    """A study whose affinities are of another measure; those of Eq. 3 are the usual ones."""
+    usual = study(store, tasks, seed, overrides)
+    if kind == usual.settings.fl.affinity:
+        return usual
+    short = {"fl.affinity": kind, "fl.measure_rounds": usual.settings.mas.affinity_rounds}
+    return study(store, tasks, seed, overrides | short)
+
+
+def heterogeneity(
+    store: Store, seed: int, overrides: dict[str, Any], dials: Iterable[float] = DIALS
+) -> Recipes:
+    """How much buildings differ in style, against what merging and splitting gain, on sdnkt.
+
+    Written down before any but the preset's 0.7 was trained. Expected: the more buildings differ,
+    the less is gained by MAS-2 over one-by-one, and the less certain is its split (the score of the
+    best split over that of the next). Judged by delta-m, paired by seed, 95 % intervals of
+    Student's t; a trend by the difference between the dial's ends.
+    """
+    recipes: Recipes = {}
+    for dial in dials:
+        s = study(store, "sdnkt", seed, overrides | {"data.heterogeneity": float(dial)})
+        made = {"one-by-one": methods.one_by_one(s), "all-in-one": methods.all_in_one(s),
+                "MAS-1": methods.restarted(s, [s.tasks], "MAS-1"),
+                "MAS-2": methods.merge_and_split(s, 2)}  # fmt: skip
+        recipes |= {(f"{name} dial={dial:g}", s.tasks, seed): r for name, r in made.items()}
     return recipes
 
 
