@@ -309,6 +309,14 @@ def draw_effects(ax, found, printed, xlabel):
     ax.invert_yaxis()
 
 
+def draw_effect(ax, y, points, finding, colour):
+    """One row: an effect's seeds as dots and, from two seeds on, its mean with the interval."""
+    ax.plot(points, np.full(len(points), y), ".", color=colour, alpha=0.35)
+    if finding.seeds > 1:
+        reach = [[finding.effect - finding.low], [finding.high - finding.effect]]
+        ax.errorbar(finding.effect, y, xerr=reach, fmt="o", color=colour, capsize=3)
+
+
 def label_points(ax, points, sides=(1, -1, 0), bars=()):
     """Write each point's name beside it, where it hides least; points: (x, y, name, colour).
 

@@ -29,8 +29,8 @@ KINDS = {"whole": pd.api.types.is_integer_dtype, "real": pd.api.types.is_float_d
          "list": pd.api.types.is_object_dtype}  # fmt: skip
 
 
-def listed(section):
-    """Columns and types that results/README.md gives under a heading, <task> written out."""
+def listed(section, rows=False):
+    """Columns and types that results/README.md gives under a heading, <task> written out or not."""
     text = (RESULTS / "README.md").read_text()
     body = re.search(rf"^### {re.escape(section)}\n(.*?)(?=^##|\Z)", text, re.M | re.S)[1]
     found = {}
@@ -39,16 +39,16 @@ def listed(section):
         if not line.startswith("| ") or cells[0] in ("column", "field"):
             continue
         names = [cells[0]]
-        while any("<task>" in name for name in names):
+        while not rows and any("<task>" in name for name in names):
             names = [name.replace("<task>", a, 1) for name in names for a in TASKS]
         found |= dict.fromkeys(names, cells[1])
     return found
 
 
-def heads(name):
-    """The columns of all committed files of a name, by record."""
-    return {path.parent.name: path.open().readline().strip().split(",")
-            for path in RESULTS.glob(f"*/*/{name}") if path.parts[-3] != "smoke"}  # fmt: skip
+def committed(name):
+    """All committed files of a name whose tasks are the paper's."""
+    return [path for preset in ("small", "medium", "paper")
+            for path in (RESULTS / preset).glob(f"*/{name}")]  # fmt: skip
 
 
 def test_the_schema_lists_every_field_of_config_json():
@@ -62,16 +62,23 @@ def test_the_schema_lists_every_field_of_config_json():
 
 @pytest.mark.parametrize("name", ["rounds.csv", "affinity.csv"])
 def test_the_schema_lists_every_column_of_csv_files(name):
-    known, found = listed(name), heads(name)
-    assert len(found) >= 8
-    assert {column for columns in found.values() for column in columns} == set(known)
+    """Each column is in a row of the schema, and each row is a column of some file."""
+    rows = {re.sub("<task>", "[a-z]", row).replace("<learner>", "[0-9]+")
+            for row in listed(name, rows=True)}  # fmt: skip
+    heads = [path.open().readline().strip().split(",") for path in committed(name)]
+    assert len(heads) >= 8
+    found = {column: {row for row in rows if re.fullmatch(row, column)}
+             for head in heads for column in head}  # fmt: skip
+    assert all(found.values()), [column for column, row in found.items() if not row]
+    of_rules = {"weight_[a-z]", "group_[a-z]", "pi_[0-9]+"}
+    assert set().union(*found.values()) | of_rules == rows | of_rules
 
 
 def test_the_schema_lists_every_field_of_result_json():
     known = set(listed("result.json"))
-    found = [json.loads(p.read_text()) for p in RESULTS.glob("*/*/result.json")
-             if p.parts[-3] != "smoke"]  # fmt: skip
-    assert all(known - {"test_best_clients", "devices"} <= set(r) <= known for r in found)
+    found = [json.loads(path.read_text()) for path in committed("result.json")]
+    younger = {"test_best_clients", "test_scores", "devices"}
+    assert all(known - younger <= set(r) <= known for r in found)
 
 
 def check_types(table, section):

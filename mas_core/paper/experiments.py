@@ -28,7 +28,7 @@ Experiment = Callable[[Store, int, dict[str, Any]], Recipes]  # store, seed, ove
 
 LOCAL_EPOCHS = (1, 2, 5, 10)
 CLIENTS_PER_ROUND = (2, 4, 6, 8, 16)
-DIALS = (0.0, 0.35, 0.7, 1.0)  # data.heterogeneity: the chance that a room's trait is its building's
+DIALS = (0.0, 0.35, 0.7, 1.0)  # data.heterogeneity: how much a building's rooms share a style
 LONGER = 5  # local epochs with which whole methods are compared, too
 RIVALS = {
     "FAMO": "famo",
@@ -364,6 +364,8 @@ NOTEBOOKS: dict[str, tuple[Experiment, ...]] = {
     "ablation_schedule_gradient": (ablation,),
     "what_makes_it_work": (controls, every_split),
     "rivals": (rivals, every_split, table_1),
+    "affinity_measures": (affinity_measures,),
+    "digits": (),
     "your_own_tasks": (),
     "published_taskonomy": (published_taskonomy, figure_7),
     "claims": (figure_5, figure_6, figure_7, figure_8, figure_9, figure_10, table_1,

@@ -92,8 +92,8 @@ def _row(method: str, r: MethodResult, base: MethodResult | None) -> dict[str, A
 
 
 def baseline(method: str) -> str:
-    """The one-by-one that a method is compared with: of the same E or K where it varies those."""
-    varied = re.search(r" [EK]=\d+", method)
+    """The one-by-one that a method is compared with: of the same E, K or dial where one varies."""
+    varied = re.search(r" (?:[EK]|dial)=[\d.]+", method)
     return "one-by-one" + (varied[0] if varied else "")
 
 
