@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _reproduce_options(command("reproduce", _reproduce, "train what is missing, run the notebooks"))
     _campaign_options(command("campaign", _campaign, "train what the evidence lacks in a time"))
     _unpack_options(command("unpack", _unpack, "add the records that a campaign has packed"))
+    _site_options(command("site", _site, "the executed notebooks as static HTML"))
     _status_options(command("status", _status, "what the records hold"))
     _render_options(command("render", _render, "write procedural buildings like Taskonomy's"))
     _prepare_options(command("prepare", _prepare, "verify and decode a Taskonomy folder"))
@@ -225,6 +226,20 @@ def _unpack(arguments: argparse.Namespace) -> int:
     from .paper.campaign import unpack
 
     return unpack(arguments.file, arguments.results)
+
+
+def _site_options(site: argparse.ArgumentParser) -> None:
+    site.add_argument("--out", type=Path, required=True, metavar="DIR")
+    site.add_argument("--preset", default="small", help="whose figures and records are linked")
+    site.add_argument("--figures", type=Path, default=Path("figures"))
+    _results(site)
+
+
+def _site(arguments: argparse.Namespace) -> None:
+    from .paper.site import site
+
+    pages = site(arguments.out, arguments.results, arguments.figures, arguments.preset)
+    print(f"{pages} notebooks; open {arguments.out / 'index.html'}")
 
 
 def _status_options(status: argparse.ArgumentParser) -> None:

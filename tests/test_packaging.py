@@ -170,7 +170,8 @@ def test_what_is_imported_is_declared(project):
     listed = [*project["project"]["dependencies"]]
     listed += project["project"]["optional-dependencies"]["dask"]
     declared = {m for d in listed for m in modules.get(name_of(d), name_of(d)).split()}
-    assert imported_by(ROOT / "mas_core") <= declared | {"nbformat"}  # papermill brings it
+    of_jupyterlab = {"nbformat", "nbconvert", "pygments"}
+    assert imported_by(ROOT / "mas_core") <= declared | of_jupyterlab
 
 
 def test_dependencies_and_extras(project):
