@@ -107,9 +107,9 @@ def merge_and_split(study: Study, splits: int = 2) -> Recipe:
     from the all-in-one weights for the remaining R - R0 rounds.
     """
     check_splits(study, splits)
-    check_measured(study)
     mas, trunk = study.settings.mas, study.all_in_one()
     R0 = mas.merge_rounds
+    check_measured(study, min(mas.affinity_rounds, R0))
     study.from_all_in_one(study.tasks)  # an R0 that cannot be is told before anything is trained
     yield [Need(trunk, R0)]
     split = best_split(study.affinities(mas.affinity_rounds, R0, mas.affinity_at), splits)
@@ -252,12 +252,17 @@ def check_splits(study: Study, splits: int = 1) -> None:
         raise UserError(f"splits={splits}; {study.tasks} allows 1 to {len(study.tasks)}")
 
 
-def check_measured(study: Study) -> None:
+def check_measured(study: Study, rounds: int = 1) -> None:
     """A UserError where there will be nothing to split, or nothing to split by."""
+    fl = study.settings.fl
     if len(study.tasks) == 1:
         raise UserError(f"tasks={study.tasks}: one task cannot be split; allowed: two and more")
-    if not rule_of(study.settings.fl).measures:
-        raise UserError(f"fl.method={study.settings.fl.method} measures no affinities to split by; "
-                        "allowed: fedavg")  # fmt: skip
-    if not study.settings.fl.measure_rounds:
+    if not rule_of(fl).measures:
+        raise UserError(f"fl.method={fl.method} measures no affinities to split by; allowed: fedavg")
+    if not fl.measure_rounds:
         raise UserError("fl.measure_rounds=0: no affinities to split by; allowed: 1 and more")
+    if fl.measure_rounds < rounds:
+        raise UserError(
+            f"affinities of {rounds} rounds are read, but fl.measure_rounds={fl.measure_rounds}; "
+            "raise it, or lower mas.affinity_rounds"
+        )

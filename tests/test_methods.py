@@ -345,6 +345,14 @@ def test_more_measurements_on_record_serve_a_trajectory_that_needs_none(study):
     assert branch.parent == study.all_in_one() and branch.fl.measure_rounds == 0
 
 
+def test_too_few_affinities_are_refused_before_anything_is_trained(study):
+    fl = replace(study.settings.fl, measure_rounds=1)
+    short = replace(study, settings=replace(study.settings, fl=fl))
+    assert min(short.settings.mas.affinity_rounds, short.settings.mas.merge_rounds) > 1
+    with pytest.raises(UserError, match="rounds are read, but fl.measure_rounds=1; raise it"):
+        next(merge_and_split(short, 2))
+
+
 def test_too_few_affinities_are_refused_by_name(study):
     make_record(study.store, Need(study.all_in_one(), 4))
     with pytest.raises(UserError, match="affinities of 5 rounds are read, but fl.measure_rounds=4"):

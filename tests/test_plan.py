@@ -56,10 +56,19 @@ def test_amounts_of_a_stretch(model):
     assert (rounds, images) == (4, 4 * plan.images_a_round(t))
     assert sent == 4 * t.fl.clients_per_round * 2 * state_bytes(build(t).state_dict())
     assert seconds == (2.0 + 3 * 0.5) * plan.images_a_round(t) * (4 + 3.0 * 2)
-    encoder = plan._part_bytes("d", model, t.data.tasks)[0]
-    assert encoder == plan._part_bytes("s", model, t.data.tasks)[0] > 0
+    encoder = plan._state_bytes("d", model, t.data.tasks, "encoder")
+    assert encoder == plan._state_bytes("s", model, t.data.tasks, "encoder") > 0
     unmeasured = plan._amount(t, 4, 8, 0, speed)[3]
     assert unmeasured == (2.0 + 3 * 0.5) * plan.images_a_round(t) * 4
+
+
+def test_a_network_that_is_no_encoder_with_decoders_is_counted_whole():
+    one, two = (Trajectory("dk", 0, SMOKE.data, replace(SMOKE.model, size=size), SMOKE.fl)
+                for size in ("tiny", "mas_core.rules.fedem:tiny"))  # fmt: skip
+    speed = plan.Speed(1.0, 0.0, 0.0)
+    sent = [plan._amount(t, 0, 1, 0, speed)[2] for t in (one, two)]
+    pi = 2 * 2 * 2 * 4  # both ways, clients, learners, bytes
+    assert sent[1] == 2 * sent[0] + pi
 
 
 def test_recipes_are_walked_to_their_end_without_records(store):

@@ -172,16 +172,18 @@ def images_a_round(t: Trajectory) -> float:
 
 
 @cache
-def _part_bytes(task: str, model: Model, table: str) -> tuple[int, int]:
-    """Bytes of the encoder and of one task's decoder, counted without making their weights."""
+def _state_bytes(tasks: str, model: Model, table: str, part: str = "") -> int:
+    """Bytes of a network, or of its encoder or decoders, counted without making weights."""
     with torch.device("meta"):
-        net = build(task, model, table=outside(table))
-    return state_bytes(net.encoder.state_dict()), state_bytes(net.decoders.state_dict())
+        net = build(tasks, model, table=outside(table))
+    return state_bytes(net.get_submodule(part).state_dict())
 
 
 def _network_bytes(t: Trajectory) -> int:
-    parts = [_part_bytes(a, t.model, t.data.tasks) for a in t.tasks]
-    return parts[0][0] + sum(decoder for _, decoder in parts)
+    if ":" in t.model.size:  # a network from outside need not be an encoder and decoders
+        return _state_bytes(t.tasks, t.model, t.data.tasks)
+    decoders = [_state_bytes(a, t.model, t.data.tasks, "decoders") for a in t.tasks]
+    return _state_bytes(t.tasks[0], t.model, t.data.tasks, "encoder") + sum(decoders)
 
 
 def _amount(t: Trajectory, begin: int, end: int, measured: int | None, speed: Speed) -> np.ndarray:
