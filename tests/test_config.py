@@ -130,6 +130,7 @@ def test_every_part_of_a_trajectory_is_in_its_id(trajectory):
                     "output_stride": 8, "method": "fedprox", "encoder_grad_scale": "sqrt",
                     "clients": (0, 1), "tasks": "my_tasks:TABLE", "lr_schedule": "cosine",
                     "affinity": "cosine", "options": (("alpha", 0.5),),
+                    "arithmetic": "grouped",
                     "heterogeneity": 0.1, "lr": 0.2, "lr_power": 1.0,
                     "momentum": 0.5, "weight_decay": 0.0}  # fmt: skip
     for part in ("data", "model", "fl"):

@@ -26,7 +26,7 @@ from mas_core.records.store import Store, open_store
 from mas_core.records.training import is_done, train
 
 VARY = {"seconds", "joules", "affinity_seconds"}  # what a repeated run may record otherwise
-VARY_RESULT = {"energy_source", "peak_memory_bytes", "git_dirty", "git_revision"}
+VARY_RESULT = {"sha256", "energy_source", "peak_memory_bytes", "git_dirty", "git_revision"}
 
 
 def record(store, trajectory):
@@ -402,7 +402,42 @@ def test_a_complete_record_that_lacks_rounds(trajectory, folder, whole, store, l
 def test_a_result_without_losses(trajectory, folder, whole, store):
     shutil.copytree(whole.root, store.root)
     (store.folder(trajectory) / "result.json").write_text("{}")
-    refused(trajectory, store, folder, "result.json is damaged; restore it, or delete")
+    refused(trajectory, store, folder, "result.json is damaged .*restore it, or delete")
+
+
+@pytest.mark.parametrize("content", [b"[1, 2]", b"7", b'{"test_best": {}}', b"\xff\xfe", b""], ids=repr)
+@pytest.mark.parametrize("name", ["result.json", "config.json"])
+def test_files_that_hold_something_else(trajectory, folder, whole, store, name, content):
+    shutil.copytree(whole.root, store.root)
+    (store.folder(trajectory) / name).write_bytes(content)
+    refused(trajectory, store, folder, name)
+    with pytest.raises(UserError, match=name):  # and where records are only listed
+        [(store.trajectory(id_), store.result(id_)) for id_ in store.ids()]
+
+
+def test_a_byte_of_a_checkpoint_that_flipped(trajectory, folder, half):
+    path = half.checkpoint_path(trajectory, "last")
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    refused(trajectory, half, folder, "last.safetensors is not as it was written; delete")
+
+
+@pytest.mark.parametrize("name", ["rounds.csv", "affinity.csv"])
+def test_a_digit_of_a_complete_record_that_changed(trajectory, folder, whole, store, name):
+    shutil.copytree(whole.root, store.root)
+    path = store.folder(trajectory) / name
+    content = bytearray(path.read_bytes())
+    content[-3] = ord("1") if content[-3] == ord("2") else ord("2")
+    path.write_bytes(content)
+    refused(trajectory, store, folder, f"{name} is not as it was written; restore it, or delete")
+
+
+@pytest.mark.parametrize("damage", [lambda rows: rows + rows[-1:], lambda rows: [*rows, b"\xff\n"]])
+def test_rounds_that_stand_twice_or_are_no_text(trajectory, folder, half, damage):
+    path = half.folder(trajectory) / "rounds.csv"
+    path.write_bytes(b"".join(damage(path.read_bytes().splitlines(keepends=True))))
+    refused(trajectory, half, folder, "rounds.csv is damaged .*restore it, or delete")
 
 
 @pytest.mark.parametrize("text", ["", "nothing\n1\n", "round,client\nx,y\n", "\0\n"], ids=repr)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
@@ -99,28 +100,35 @@ class Store:
     def parent_id(self, id_: str) -> str | None:
         """The id of the record that a record's configuration names as its parent."""
         path = self.folder(id_) / "config.json"
-        values = self._read_json(path)
-        parent = values.get("parent", "") if isinstance(values, dict) else ""
+        parent = (self._read_json(path) or {}).get("parent", "")
         if parent is not None and not re.fullmatch(r"\w+-s\d+-[0-9a-f]{10}", str(parent)):
             raise UserError(f"{path} is no configuration of a trajectory")
         return parent
 
     def check(self, trajectory: Trajectory) -> None:
-        """A UserError where a record does not match its id or lacks parts; looks once."""
+        """A UserError where a record does not match its id, lacks parts or was changed."""
         id_, folder = trajectory.id, self.folder(trajectory)
         if id_ in self._checked or not (folder / "config.json").exists():
             return
         self.trajectory(id_, trajectory.parent)
-        result = self._read_json(folder / "result.json")
-        if result is not None and self.rounds_done(trajectory) < trajectory.fl.rounds:
+        done, result = self.rounds_done(trajectory), self.result(trajectory)
+        if result is not None and done < trajectory.fl.rounds:
             raise UserError(f"{folder} lacks rounds of a complete record; {_REMEDY}")
-        if result is not None and not {"test_best", "test_last"} <= result.keys():
-            raise UserError(f"{folder / 'result.json'} is damaged; {_REMEDY}")
+        for name, digest in (result or {}).get("sha256", {}).items():
+            if not (folder / name).exists() or _digest(folder / name) != digest:
+                raise UserError(f"{folder / name} is not as it was written; {_REMEDY}")
         self._checked.add(id_)
 
     def result(self, trajectory: Trajectory | str) -> dict[str, Any] | None:
         """The contents of result.json, or None while the trajectory is not complete."""
-        return self._read_json(self.folder(trajectory) / "result.json")
+        path = self.folder(trajectory) / "result.json"
+        result = self._read_json(path)
+        if result is not None:
+            letters = path.parent.name.partition("-")[0]
+            losses = [result.get(key) for key in ("test_best", "test_last")]
+            if any(not isinstance(x, dict) or sorted(x) != sorted(letters) for x in losses):
+                raise UserError(f"{path} is damaged (lacks losses of its tasks); {_REMEDY}")
+        return result
 
     def validation_losses(self, trajectory: Trajectory, last: bool = False) -> dict[str, float]:
         """By task, of the model with the lowest sum of them, or of the last round's."""
@@ -139,7 +147,12 @@ class Store:
         path = self.folder(trajectory) / "rounds.csv"
         if not path.exists():
             return trajectory.start_round
-        return trajectory.start_round + path.read_text().count("\n") - 1
+        head, *rows = path.read_bytes().splitlines() or [b""]
+        wanted = range(trajectory.start_round, trajectory.start_round + len(rows))
+        whole = all(row.count(b",") == head.count(b",") for row in rows)
+        if not whole or [row.split(b",")[0] for row in rows] != [b"%d" % r for r in wanted]:
+            raise UserError(f"{path} is damaged (not one whole row a round); {_REMEDY}")
+        return wanted.stop
 
     def affinities(self, trajectory: Trajectory | str) -> Affinities:
         """Every measured affinity of a trajectory; a UserError if none was measured."""
@@ -176,7 +189,7 @@ class Store:
 
     def machines(self, trajectory: Trajectory | str) -> list[dict[str, Any]]:
         """Where each stretch of rounds was trained, from machines.json; [] in older records."""
-        return self._read_json(self.folder(trajectory) / "machines.json") or []
+        return self._read_json(self.folder(trajectory) / "machines.json", list) or []
 
     def write_machines(self, trajectory: Trajectory, begin: int, where: dict[str, Any]) -> None:
         """Note that the rounds from `begin` on are trained at `where`."""
@@ -216,16 +229,21 @@ class Store:
         self._write(self.folder(trajectory) / "affinity.csv", _csv_text(rows))
 
     def write_result(self, trajectory: Trajectory, result: dict[str, Any]) -> None:
-        text = json.dumps(result, indent=1) + "\n"
-        self._write(self.folder(trajectory) / "result.json", text)
+        folder = self.folder(trajectory)
+        names = [name for name in ("rounds.csv", "affinity.csv") if (folder / name).exists()]
+        digests = {"sha256": {name: _digest(folder / name) for name in names}}
+        self._write(folder / "result.json", json.dumps(result | digests, indent=1) + "\n")
 
     def read_rows(self, trajectory: Trajectory, name: str, until: int) -> list[dict[str, Any]]:
         """The rows of rounds.csv or affinity.csv before round `until`, as text."""
         path = self.folder(trajectory) / name
         if not path.exists():
             return []
-        with path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if int(row["round"]) < until]
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                return [row for row in csv.DictReader(file) if int(row["round"]) < until]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from None
 
     def checkpoint_path(self, trajectory: Trajectory, name: str) -> Path:
         return self.folder(trajectory) / "checkpoints" / f"{name}.safetensors"
@@ -241,8 +259,9 @@ class Store:
         """Write a state; its metadata say whose it is, after how many rounds, on which data."""
         from safetensors.torch import save
 
-        about = {"trajectory": trajectory.id, "round": str(round_), "data": fingerprint}
         tensors = {key: t.detach().cpu().contiguous() for key, t in state.items()}
+        about = {"trajectory": trajectory.id, "round": str(round_), "data": fingerprint,
+                 "sha256": _digest_of(tensors)}  # fmt: skip
         self._write(self.checkpoint_path(trajectory, name), save(tensors, metadata=about))
 
     def load_checkpoint(
@@ -269,15 +288,21 @@ class Store:
                 f"{trajectory.id} was trained on other data than lies in the data folder now; "
                 f"give that folder with --data, or {remedy}"
             )
+        if about.get("sha256", digest := _digest_of(state)) != digest:
+            raise UserError(f"checkpoint {path} is not as it was written; {remedy}")
         return state, int(about["round"])
 
-    def _read_json(self, path: Path) -> dict[str, Any] | None:
+    def _read_json(self, path: Path, kind: type = dict) -> Any:
+        """The contents, None where there is no file; a UserError where they are no `kind`."""
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # of JSON or of UTF-8
+            raise UserError(f"{path} is not valid JSON: {error}; {_REMEDY}") from None
+        if not isinstance(values, kind):
+            raise UserError(f"{path} is damaged (no JSON {kind.__name__}); {_REMEDY}")
+        return values
 
     @contextlib.contextmanager
     def _writable(self, folder: Path) -> Iterator[None]:
@@ -337,6 +362,18 @@ def provenance() -> dict[str, Any]:
         "git_revision": git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
     }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest_of(state: State) -> str:
+    """SHA-256 of the values in order of their names: 10 ms for the full network on one core."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(state[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _read_table(path: Path) -> pd.DataFrame:
