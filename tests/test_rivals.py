@@ -228,6 +228,7 @@ def test_two_learners_mix_and_learn(settings, batch):
     torch.testing.assert_close(both["s"].exp(), shares)
     before = [next(m.parameters()).detach().clone() for m in net.learners]
     rule = FedEM(net.train(), FL(method="fedem"), {})
+    assert net.pi.tolist() == [0.5, 0.5]  # a visit starts from equal shares
     rule.step(made, torch.optim.SGD(net.parameters(), 0.1))
     assert all((p != next(m.parameters())).any() for p, m in zip(before, net.learners))
     assert float(net.pi.sum()) == pytest.approx(1) and rule.seen == len(made)
