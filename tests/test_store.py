@@ -405,7 +405,9 @@ def test_a_result_without_losses(trajectory, folder, whole, store):
     refused(trajectory, store, folder, "result.json is damaged .*restore it, or delete")
 
 
-@pytest.mark.parametrize("content", [b"[1, 2]", b"7", b'{"test_best": {}}', b"\xff\xfe", b""], ids=repr)
+@pytest.mark.parametrize(
+    "content", [b"[1, 2]", b"7", b'{"test_best": {}}', b"\xff\xfe", b""], ids=repr
+)
 @pytest.mark.parametrize("name", ["result.json", "config.json"])
 def test_files_that_hold_something_else(trajectory, folder, whole, store, name, content):
     shutil.copytree(whole.root, store.root)
