@@ -58,8 +58,7 @@ def self_affinity(S: ArrayLike) -> np.ndarray:
 
     For n = 1 the equation divides by zero; the diagonal is then 0.
     """
-    S = _square(S)
-    np.fill_diagonal(S, 0)
+    S = _diagonal_aside(S)
     np.fill_diagonal(S, (S.sum(0) + S.sum(1)) / max(2 * len(S) - 2, 1))
     return S
 
@@ -86,8 +85,8 @@ def best_split(S: ArrayLike, x: int) -> Split:
     The diagonal of S (n, n) is replaced by Eq. 4 first. The optimum is exact; ties are broken as
     the module says. The released code allows at most x groups; the paper counts exactly x
     ("fifteen and twenty-five combinations" of two and three splits of five tasks).
-    Raises UserError for x outside 1..n and for S not square, not finite (the diagonal included),
-    empty, or of more than 16 tasks.
+    Raises UserError for x outside 1..n and for S not square, not finite off its diagonal, empty,
+    or of more than 16 tasks.
     """
     S = self_affinity(S)
     _check_count(x, len(S))
@@ -154,11 +153,10 @@ def tag_groups(S: ArrayLike, x: int, singleton: float = 1e-6) -> OverlappingSpli
     fewest groups, the first parts, the smallest, then first, group around each. Raises as
     best_split does.
     """
-    S = _square(S)
+    S = _diagonal_aside(S)
     _check_count(x, len(S))
     if not np.isfinite(singleton):
         raise UserError(f"singleton={singleton!r}; allowed: a finite number")
-    np.fill_diagonal(S, 0)
     tie = _tie(S)
     np.fill_diagonal(S, singleton)
     return _overlapping(S, x, tie)
@@ -312,9 +310,19 @@ def _square(S: ArrayLike) -> np.ndarray:
     if S.ndim != 2 or S.shape[0] != S.shape[1] or not 1 <= len(S) <= MAX_TASKS:
         raise UserError(f"a matrix of shape {S.shape}; "
                         f"allowed: square, with 1 to {MAX_TASKS} tasks")  # fmt: skip
+    for i, j in np.argwhere(~np.isfinite(S)).tolist():
+        raise UserError(f"entry [{i}, {j}] of the matrix is {S[i, j]}, not finite")
     if not np.isfinite(np.abs(S).sum()):
-        raise UserError("the matrix (or the sum of its entries) is not finite")
+        raise UserError("the sum of the matrix's entries is not finite")
     return S
+
+
+def _diagonal_aside(S: ArrayLike) -> np.ndarray:
+    """A float64 copy of S with zeros on its diagonal, which may hold anything; else checked."""
+    S = np.array(S, dtype=np.float64)
+    if S.ndim == 2 and S.shape[0] == S.shape[1]:
+        np.fill_diagonal(S, 0)
+    return _square(S)
 
 
 def _check_count(x: int, n: int) -> None:
