@@ -37,7 +37,7 @@ DEADLINE = 300  # seconds; reached only where something hangs
 R0, ROUNDS = 12, 16
 # What depends on when and where something ran.
 TIMES = ["seconds", "affinity_seconds", "device_seconds", "joules"]
-PLACE = ("peak_memory_bytes", "git_revision", "git_dirty")
+PLACE = ("sha256", "peak_memory_bytes", "git_revision", "git_dirty")
 
 
 @pytest.fixture(autouse=True)
