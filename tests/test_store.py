@@ -376,9 +376,9 @@ def _with_kept(store):
 def test_rounds_that_the_checkpoint_has_and_the_table_lacks(trajectory, folder, half):
     path = half.folder(trajectory) / "rounds.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
-    refused(trajectory, half, folder, "lacks rounds that its checkpoint has")
+    refused(trajectory, half, folder, "rounds.csv .*is not as it was written; restore")
     path.unlink()
-    refused(trajectory, half, folder, "lacks rounds that its checkpoint has")
+    refused(trajectory, half, folder, "rounds.csv .*is not as it was written; restore")
 
 
 @pytest.mark.parametrize("lost", [0, 1, "all"], ids=str)
@@ -388,7 +388,7 @@ def test_affinities_that_the_checkpoint_has_and_the_table_lacks(trajectory, fold
     path.write_text("".join([head, *(r for r in rows if not r.startswith(f"{lost},"))]))
     if lost == "all":
         path.unlink()
-    refused(trajectory, half, folder, "lacks affinities of rounds that its checkpoint has")
+    refused(trajectory, half, folder, "affinity.csv in .* is not as it was written; restore")
 
 
 @pytest.mark.parametrize("lines", [0, 1, 3])
@@ -433,6 +433,15 @@ def test_a_digit_of_a_complete_record_that_changed(trajectory, folder, whole, st
     content[-3] = ord("1") if content[-3] == ord("2") else ord("2")
     path.write_bytes(content)
     refused(trajectory, store, folder, f"{name} is not as it was written; restore it, or delete")
+
+
+@pytest.mark.parametrize("name", ["rounds.csv", "affinity.csv"])
+def test_a_digit_of_a_record_that_is_not_complete(trajectory, folder, half, name):
+    path = half.folder(trajectory) / name
+    content = bytearray(path.read_bytes())
+    content[-3] = ord("1") if content[-3] == ord("2") else ord("2")
+    path.write_bytes(content)
+    refused(trajectory, half, folder, f"{name} .*is not as it was written; restore it, or delete")
 
 
 @pytest.mark.parametrize("damage", [lambda rows: rows + rows[-1:], lambda rows: [*rows, b"\xff\n"]])

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ..models import State  # PyTorch is imported where checkpoints are: `mas status` needs none
 
 _REMEDY = "restore it, or delete its folder to train anew"
+_FROM_START = "delete {} to train from the start"
 
 
 @dataclass
@@ -108,8 +109,11 @@ class Store:
     def check(self, trajectory: Trajectory) -> None:
         """A UserError where a record does not match its id, lacks parts or was changed."""
         id_, folder = trajectory.id, self.folder(trajectory)
-        if id_ in self._checked or not (folder / "config.json").exists():
+        begun = [(folder / name).exists() for name in ("config.json", "rounds.csv")]
+        if id_ in self._checked or not any(begun):
             return
+        if not begun[0]:
+            raise UserError(f"{folder} lacks config.json; {_REMEDY}")
         self.trajectory(id_, trajectory.parent)
         done, result = self.rounds_done(trajectory), self.result(trajectory)
         if result is not None and done < trajectory.fl.rounds:
@@ -117,6 +121,13 @@ class Store:
         for name, digest in (result or {}).get("sha256", {}).items():
             if not (folder / name).exists() or _digest(folder / name) != digest:
                 raise UserError(f"{folder / name} is not as it was written; {_REMEDY}")
+        last = self.checkpoint_path(trajectory, "last")
+        if result is None and last.exists():
+            about = self._read_checkpoint(last)[0]
+            own = about.get("trajectory") == id_ and "round" in about
+            if own and about.get("rows") != self._rows_digest(folder, int(about["round"])):
+                raise UserError(f"rounds.csv or affinity.csv in {folder} is not as it was written; "
+                                f"{_REMEDY}")  # fmt: skip
         self._checked.add(id_)
 
     def result(self, trajectory: Trajectory | str) -> dict[str, Any] | None:
@@ -262,21 +273,16 @@ class Store:
         tensors = {key: t.detach().cpu().contiguous() for key, t in state.items()}
         about = {"trajectory": trajectory.id, "round": str(round_), "data": fingerprint,
                  "sha256": _digest_of(tensors)}  # fmt: skip
+        if name == "last":  # no result vouches for the rows yet
+            about["rows"] = self._rows_digest(self.folder(trajectory), round_)
         self._write(self.checkpoint_path(trajectory, name), save(tensors, metadata=about))
 
     def load_checkpoint(
         self, trajectory: Trajectory, path: Path, like: State, fingerprint: str
     ) -> tuple[State, int]:
         """A state and its number of rounds; a UserError if the file is broken or another's."""
-        from safetensors import SafetensorError, safe_open
-
-        remedy = f"delete {path.parent} to train from the start"
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"checkpoint {path} cannot be read ({error}); {remedy}") from None
+        remedy = _FROM_START.format(path.parent)
+        about, state = self._read_checkpoint(path, "pt")
         network = ("encoder.", "decoders.")  # what else there is travels with the method
         shapes = {k: t.shape for k, t in state.items() if k.startswith(network)}
         wanted = {k: t.shape for k, t in like.items() if k.startswith(network)}
@@ -291,6 +297,28 @@ class Store:
         if about.get("sha256", digest := _digest_of(state)) != digest:
             raise UserError(f"checkpoint {path} is not as it was written; {remedy}")
         return state, int(about["round"])
+
+    def _read_checkpoint(self, path: Path, framework: str = "") -> tuple[dict[str, str], State]:
+        """A checkpoint's metadata, and its tensors where a framework for them is named."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework=framework or "np") as file:
+                names = file.keys() if framework else ()
+                return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"checkpoint {path} cannot be read ({error}); "
+                            f"{_FROM_START.format(path.parent)}") from None  # fmt: skip
+
+    def _rows_digest(self, folder: Path, until: int) -> str:
+        """SHA-256 of the rows of rounds.csv and affinity.csv before round `until`."""
+        found = hashlib.sha256()
+        for path in (folder / "rounds.csv", folder / "affinity.csv"):
+            for line in path.read_bytes().splitlines(True) if path.exists() else ():
+                number = line.partition(b",")[0]
+                if not number.isdigit() or int(number) < until:
+                    found.update(line)
+        return found.hexdigest()
 
     def _read_json(self, path: Path, kind: type = dict) -> Any:
         """The contents, None where there is no file; a UserError where they are no `kind`."""

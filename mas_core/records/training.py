@@ -97,18 +97,6 @@ def _resume(trajectory: Trajectory, store: Store, data_folder: Path, device: tor
         state, done = start_state(trajectory, net, store, data_folder), trajectory.start_round
     rows = store.read_rows(trajectory, "rounds.csv", done)
     affinity_rows = store.read_rows(trajectory, "affinity.csv", done)
-    if len(rows) < done - trajectory.start_round:
-        raise UserError(
-            f"{store.folder(trajectory)} lacks rounds that its checkpoint has; "
-            "restore rounds.csv, or delete the folder to train anew"
-        )
-    due = min(done, trajectory.fl.measure_rounds) - trajectory.start_round
-    measures = rule_of(trajectory.fl).measures and len(net.tasks) > 1
-    if measures and len(affinity_rows) < due * trajectory.fl.clients_per_round:
-        raise UserError(
-            f"{store.folder(trajectory)} lacks affinities of rounds that its checkpoint has; "
-            "restore affinity.csv, or delete the folder to train anew"
-        )
     store.write_config(trajectory)
     where = {"device": device_name(device), "threads": torch.get_num_threads(), **provenance()}
     store.write_machines(trajectory, done, where)
