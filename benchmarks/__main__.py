@@ -19,7 +19,7 @@ from .timing import about
 NAMES = (
     "affinity_cost", "small_step", "grouped_step", "evaluation", "splitting", "rendering",
     "affinity_agreement", "fl_loop", "method_cost", "rival_cost", "data_loading", "startup",
-    "workers",
+    "workers", "peers",
 )  # fmt: skip
 
 

@@ -311,6 +311,31 @@ def heterogeneity(
     return recipes
 
 
+def when_to_split(
+    store: Store, seed: int, overrides: dict[str, Any], task_sets: Iterable[str] = TASK_SETS[:2]
+) -> Recipes:
+    """MAS-2 split at four R0 where the best one may lie elsewhere: E = 1, 2, 5, both schedules.
+
+    Written down before any but E = 1 with a restart was trained. Rules that choose R0 from what the
+    server has seen (notebooks/when_to_split.py) keep their thresholds; they are judged by their
+    regret, the per cent of total test loss above the best R0's of the same regime, against a fixed
+    R0 of 30 and 40. Expected: the best R0 moves with E, yet no rule beats a fixed 40.
+    """
+    recipes: Recipes = {}
+    for tasks in task_sets:
+        usual = study(store, tasks, seed, overrides)
+        for E in (1, 2, 5):
+            more = {} if E == 1 else {"fl.local_epochs": E, "fl.arithmetic": "grouped"}
+            for schedule in ("restart", "continue"):
+                for tenths in (2, 4, 6, 8):
+                    R0 = max(1, usual.rounds * tenths // 10)
+                    here = {"mas.lr_schedule": schedule, "mas.merge_rounds": R0, **more}
+                    s = study(store, tasks, seed, overrides | here)
+                    name = f"MAS-2 E={E} {schedule} R0={R0}"
+                    recipes[name, tasks, seed] = methods.merge_and_split(s, 2)
+    return recipes
+
+
 def published_taskonomy(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
     """What stands beside others' Taskonomy numbers: all-in-one, single tasks and pairs of sdnkt."""
     recipes = _all_in_one(store, ("sdnkt",), seed, overrides)
