@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mas_core.config import UserError
+from mas_core.config import UserError, settings
+from mas_core.data.clients import rooms_folder
+from mas_core.data.rooms.render import read_parameters
 from mas_core.methods import Need
 from mas_core.records.store import Store
 from mas_core.records.training import train
@@ -146,3 +148,19 @@ def test_nothing_to_do_is_not_shown(tmp_path):
     with redirect_stderr(io.StringIO()) as log, shown.shown_progress(Store(tmp_path, "small")):
         pass
     assert log.getvalue() == ""
+
+
+def test_images_rendered_otherwise_have_a_folder_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = settings("smoke", "dk", {"data.buildings": 2, "data.views": 20, "data.size": 16})
+    other = replace(chosen.data, heterogeneity=0.0)
+    asked = {}
+
+    def run(recipes, store, folder_of, *how, **more):
+        asked.update({data: folder_of(data) for data in (chosen.data, other)})
+
+    monkeypatch.setattr(workers, "run", run)
+    workers.train_recipes({}, Store(tmp_path, "smoke"), chosen, None, workers.Compute())
+    assert asked == {data: rooms_folder(data) for data in (chosen.data, other)}
+    assert read_parameters(asked[other])["heterogeneity"] == 0.0
+    assert read_parameters(asked[chosen.data])["heterogeneity"] == 0.7

@@ -291,6 +291,33 @@ def measured_by(
     return study(store, tasks, seed, overrides | short)
 
 
+def proxies(
+    store: Store, seed: int, overrides: dict[str, Any], task_sets: Iterable[str] = TASK_SETS[:2]
+) -> Recipes:
+    """Every initialised split, and the first affinities of the tiny network, to choose among them.
+
+    Written down before the tiny network's affinities were measured. Expected: its splits save
+    within 0.5 % of what those of the network's own affinities do against a random split. Judged as
+    `affinity_measures` is.
+    """
+    recipes = every_split(store, seed, overrides, task_sets)
+    for tasks in task_sets:
+        recipes["affinities own", tasks, seed] = methods.first_rounds(
+            study(store, tasks, seed, overrides))  # fmt: skip
+        recipes["affinities tiny", tasks, seed] = methods.first_rounds(
+            measured_on(store, tasks, seed, overrides, "tiny"))  # fmt: skip
+    return recipes
+
+
+def measured_on(store: Store, tasks: str, seed: int, overrides: dict[str, Any], size: str) -> Study:
+    """A study whose affinities are of a network of another size; "own": the usual one."""
+    usual = study(store, tasks, seed, overrides)
+    if size == "own":
+        return usual
+    short = {"model.size": size, "fl.measure_rounds": usual.settings.mas.affinity_rounds}
+    return study(store, tasks, seed, overrides | short)
+
+
 def heterogeneity(
     store: Store, seed: int, overrides: dict[str, Any], dials: Iterable[float] = DIALS
 ) -> Recipes:
@@ -314,7 +341,7 @@ def heterogeneity(
 def when_to_split(
     store: Store, seed: int, overrides: dict[str, Any], task_sets: Iterable[str] = TASK_SETS[:2]
 ) -> Recipes:
-    """MAS-2 split at four R0 where the best one may lie elsewhere: E = 1, 2, 5, both schedules.
+    """All-in-one and MAS-2 split at four R0: E = 1, 2, 5, schedules that restart and continue.
 
     Written down before any but E = 1 with a restart was trained. Rules that choose R0 from what the
     server has seen (notebooks/when_to_split.py) keep their thresholds; they are judged by their
@@ -326,6 +353,8 @@ def when_to_split(
         usual = study(store, tasks, seed, overrides)
         for E in (1, 2, 5):
             more = {} if E == 1 else {"fl.local_epochs": E, "fl.arithmetic": "grouped"}
+            merged = methods.all_in_one(study(store, tasks, seed, overrides | more))
+            recipes[f"all-in-one E={E}", tasks, seed] = merged
             for schedule in ("restart", "continue"):
                 for tenths in (2, 4, 6, 8):
                     R0 = max(1, usual.rounds * tenths // 10)
@@ -390,6 +419,7 @@ NOTEBOOKS: dict[str, tuple[Experiment, ...]] = {
     "what_makes_it_work": (controls, every_split),
     "rivals": (rivals, every_split, table_1),
     "affinity_measures": (affinity_measures,),
+    "open_questions": (when_to_split, heterogeneity, proxies),
     "digits": (),
     "your_own_tasks": (),
     "published_taskonomy": (published_taskonomy, figure_7),

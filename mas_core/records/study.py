@@ -193,8 +193,9 @@ def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
     goes one backward pass through the encoder a measured step, which training needs anyway.
     """
     table = store.rounds(part.trajectory)
-    paid = table["round"].between(part.begin, part.end, inclusive="left").to_numpy()
-    rows = {name: table[name].to_numpy()[paid] for name in _COUNTED}
+    columns = {name: table[name].to_numpy() for name in _COUNTED}
+    paid = (columns["round"] >= part.begin) & (columns["round"] < part.end)
+    rows = {name: column[paid] for name, column in columns.items()}
     extra = np.where(rows["round"] >= part.affinity_rounds, rows["affinity_seconds"], 0.0)
     seconds = rows["seconds"] - extra
     with np.errstate(invalid="ignore"):  # a round planned, not trained, takes no time

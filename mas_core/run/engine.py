@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..config import UserError
+from ..config import Data, UserError
 from ..federated import TrainingDiverged
 from ..methods import Need
 from ..records.store import Store
@@ -98,7 +98,7 @@ class InProcess(Executor):
 def run(
     recipes: Recipes,
     store: Store,
-    data_folder: Path,
+    data_folder: Path | Callable[[Data], Path],
     device: str = "cpu",
     executor: Executor | None = None,
     threads: int | None = None,
@@ -115,6 +115,8 @@ def run(
     failed: such a job is handed out again and resumes, if it got a round further. When a trajectory
     fails, the recipes that need it stop, the others go on, and an EngineError ends the run.
 
+    `data_folder` may tell the folder of each `Data`, where trajectories differ in their images.
+
     With `stop_at`, seconds since 1970, the recipes are in order of worth: what the first ones need
     is trained first, and no round is begun that would end later. What is returned lacks the recipes
     that did not come to their end.
@@ -122,7 +124,7 @@ def run(
     driver = Driver(
         recipes,
         store,
-        data_folder,
+        data_folder if callable(data_folder) else lambda data: data_folder,
         executor or InProcess(),
         lambda: slots() if callable(slots) else slots,
         Progress() if progress is None else progress,
@@ -147,7 +149,7 @@ class Driver:
 
     recipes: Recipes
     store: Store
-    folder: Path
+    folder_of: Callable[[Data], Path]
     executor: Executor
     slots: Callable[[], int]
     progress: Progress
@@ -255,7 +257,7 @@ class Driver:
             self.progress.running = [*(job.need for job in self.out.values()), need]
             # Workers elsewhere have their own working directory.
             where = (os.path.abspath(self.store.results), self.store.preset,
-                     os.path.abspath(self.folder))  # fmt: skip
+                     os.path.abspath(self.folder_of(t.data)))  # fmt: skip
             begun = time.time()
             try:
                 future = self.executor.submit(train_job, t, need.until, *where, *how)

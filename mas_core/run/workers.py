@@ -6,11 +6,12 @@ import multiprocessing
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..config import Settings, UserError
-from ..data.clients import ensure_rooms
+from ..config import Data, Settings, UserError
+from ..data.clients import ensure_rooms, rooms_folder
 from ..data.processes import local_workers
 from ..records.store import Store
 from .engine import Recipes, choose_device, run
@@ -56,11 +57,19 @@ def train_recipes(
 ) -> dict[Any, Any]:
     """Drive recipes to their end with progress shown; rooms are rendered where there are none.
 
-    `data` is their folder (None: `rooms_folder`); `how` goes to `engine.run`.
+    `data` is the folder of the images that `settings` name (None: `rooms_folder`); `how` goes to
+    `engine.run`.
     """
     elsewhere = bool(compute.dask or compute.slurm)  # where a GPU here says nothing
     device = (compute.device or "cuda") if elsewhere else choose_device(compute.device)
     folder = ensure_rooms(settings.data, data)
+
+    @cache
+    def folder_of(own: Data) -> Path:
+        """The folder above, but for images that an experiment renders otherwise: their own."""
+        same = rooms_folder(own) == rooms_folder(settings.data) or own.source != "rooms"
+        return folder if same else ensure_rooms(own, None)
+
     threads = compute.threads or default_threads(settings.model.size, compute.workers, elsewhere)
     executor, slots = None, compute.workers
     with ExitStack() as stack:
@@ -75,7 +84,7 @@ def train_recipes(
             executor = stack.enter_context(local_workers(compute.workers))
         how["progress"] = stack.enter_context(shown_progress(store))
         try:
-            return run(recipes, store, folder, device, executor, threads, slots, **how)
+            return run(recipes, store, folder_of, device, executor, threads, slots, **how)
         except BaseException:  # what runs is not waited for
             for worker in multiprocessing.active_children():
                 worker.terminate()

@@ -1,0 +1,125 @@
+"""When to split: rules that choose R0 from what the server has seen so far.
+
+Each rule reads rounds 0 to r - 1 of the merged training and says whether to split after r rounds.
+The thresholds were written down before the regimes of `experiments.when_to_split` were trained, and
+are frozen. `mas_auto` is MAS with such a rule in the place of a fixed R0.
+
+    A  the smoothed affinity between groups has fallen below 0.7 of its peak
+    B  the last three validations lowered the loss by less than 25 % of its whole fall
+    C  the split is the same for 90 % of resampled clients at three checks in a row
+    D  the smoothed fall of the training loss is below 0.3 of what it was at the start
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from mas_core import methods
+from mas_core.config import stream
+from mas_core.methods import Need
+from mas_core.records.study import Study
+from mas_core.split import best_split
+
+EVERY = 5  # rounds between two looks
+SMOOTH = 10  # rounds that are averaged
+
+
+class Seen:
+    """What a server has seen of a merged training: losses and affinities by round."""
+
+    def __init__(self, rounds, affinities, tasks, first, splits=2):
+        self.train = rounds[[f"train_{a}" for a in tasks]].sum(axis=1).to_numpy()
+        validated = rounds[rounds[f"val_{tasks[0]}"].notna()]
+        self.val_rounds = validated["round"].to_numpy() + 1
+        self.val = validated[[f"val_{a}" for a in tasks]].sum(axis=1).to_numpy()
+        self.S = affinities.values  # (T, K, n, n)
+        self.first, self.splits = first, splits
+
+    def groups(self, values):
+        """The split by affinities (..., n, n), averaged over all but the last two axes."""
+        S = values.reshape(-1, *values.shape[-2:]).mean(0)
+        np.fill_diagonal(S, 0.0)
+        return best_split(S, self.splits).groups
+
+
+def rule_a(seen, r):
+    groups = seen.groups(seen.S[: seen.first])
+    where = {t: i for i, g in enumerate(groups) for t in g}
+    n = seen.S.shape[-1]
+    across = [(i, j) for i in range(n) for j in range(n) if where[i] != where[j]]
+    mean = np.mean([seen.S[:r, :, i, j].mean(1) for i, j in across], 0)
+    if len(mean) < SMOOTH:
+        return False
+    smooth = np.convolve(mean, np.full(SMOOTH, 1 / SMOOTH), "valid")
+    return bool(smooth[-1] < 0.7 * smooth.max())
+
+
+def rule_b(seen, r):
+    val = seen.val[seen.val_rounds <= r]
+    return len(val) >= 4 and bool(val[-4] - val[-1] < 0.25 * (val[0] - val[-1]))
+
+
+def rule_c(seen, r):
+    return r >= seen.first + 2 * EVERY and all(_stable(seen, at) for at in (r - 2 * EVERY, r - EVERY, r))
+
+
+def _stable(seen, r, draws=100):
+    """Whether 90 % of resamples of (round, client) give the split of all of them."""
+    S = seen.S[:r].reshape(-1, *seen.S.shape[-2:])
+    usual, rng = seen.groups(S), stream(0, "resample", r)
+    same = [seen.groups(S[rng.integers(len(S), size=len(S))]) == usual for _ in range(draws)]
+    return np.mean(same) >= 0.9
+
+
+def rule_d(seen, r):
+    if r < 2 * SMOOTH:
+        return False
+
+    def fall(end):
+        return seen.train[end - 2 * SMOOTH : end - SMOOTH].mean() - seen.train[end - SMOOTH : end].mean()
+
+    return bool(fall(r) < 0.3 * fall(2 * SMOOTH))
+
+
+RULES = {"A": rule_a, "B": rule_b, "C": rule_c, "D": rule_d}
+
+
+def seen_by(study, splits=2):
+    """What is on record of a study's merged training."""
+    trunk = study.all_in_one()
+    return Seen(study.store.rounds(trunk), study.store.affinities(trunk), study.tasks,
+                study.settings.mas.affinity_rounds, splits)  # fmt: skip
+
+
+def looks(study):
+    """The rounds after which a rule is asked: from the last affinity that a split reads."""
+    return range(max(EVERY, study.settings.mas.affinity_rounds), study.rounds, EVERY)
+
+
+def chosen_round(study, rule, splits=2):
+    """The first round at which a rule wants to split; the last look where it never does."""
+    seen = seen_by(study, splits)
+    return next((r for r in looks(study) if RULES[rule](seen, r)), max(looks(study)))
+
+
+def mas_auto(study, rule="B", splits=2):
+    """MAS-x whose R0 a rule chooses while the merged network trains; a recipe like the package's."""
+    for r in looks(study):
+        yield [Need(study.all_in_one(), r)]
+        if RULES[rule](seen_by(study, splits), r):
+            break
+    chosen = replace(study.settings, mas=replace(study.settings.mas, merge_rounds=r))
+    fixed = Study(study.tasks, chosen, study.seed, study.store)
+    result = yield from methods.merge_and_split(fixed, splits)
+    return replace(result, method=f"MAS-auto-{splits}")
+
+
+def loss_at(curve, R0):
+    """Total loss at R0, linear between the R0 of a curve (R0 -> loss) and flat beyond its ends."""
+    at = sorted(curve)
+    return float(np.interp(R0, at, [curve[r] for r in at]))
+
+
+def regret(curve, R0):
+    """Per cent of loss above the least of the curve."""
+    return 100 * (loss_at(curve, R0) / min(curve.values()) - 1)
