@@ -5,7 +5,6 @@ The round at which a run is asked to stop is not part of it.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, fields
@@ -38,9 +37,8 @@ class Trajectory:
         return {
             "tasks": self.tasks,
             "seed": self.seed,
-            "data": dataclasses.asdict(self.data),
-            "model": dataclasses.asdict(self.model),
-            "fl": dataclasses.asdict(self.fl),
+            **{name: {f.name: getattr(part, f.name) for f in fields(part)}
+               for name, part in (("data", self.data), ("model", self.model), ("fl", self.fl))},
             "parent": self.parent.id if self.parent else None,
             "start_round": self.start_round,
             "lr_from": self.lr_from,
