@@ -170,7 +170,8 @@ def check_tasks(letters: str, table: TaskTable = TASKS) -> str:
 
 def sort_tasks(letters: str, table: TaskTable = TASKS) -> str:
     """The same tasks in the table's order, so that a set of tasks has one name."""
-    return "".join(letter for letter in table if letter in check_tasks(letters, table))
+    check_tasks(letters, table)
+    return "".join(letter for letter in table if letter in letters)
 
 
 def domains_of(letters: str, table: TaskTable = TASKS) -> tuple[str, ...]:

@@ -78,7 +78,8 @@ def draw(results: dict[str, MethodResult], constant: dict[str, float], path: Pat
         at = [j + 0.27 * (i - 1) for j in range(len(skill))]
         left.bar(at, skill, 0.25, label=name, color=f"C{i}")
         right.scatter(r.cost.seconds, r.total, color=f"C{i}", s=60)
-        right.annotate(name, (r.cost.seconds, r.total), xytext=(6, 4), textcoords="offset points")
+        right.annotate(name, (r.cost.seconds, r.total), (0, 8), ha="center",
+                       textcoords="offset points")  # fmt: skip
     names = [TASKS[a].name.replace(" ", "\n") for a in r.tasks]
     left.set_xticks(range(len(r.tasks)), names, fontsize=8)
     left.axhline(0, color="0.4", linewidth=0.8)
@@ -86,6 +87,6 @@ def draw(results: dict[str, MethodResult], constant: dict[str, float], path: Pat
     left.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     right.set_xlabel("training time (s, this machine)")
     right.set_ylabel("total test loss")
-    right.margins(x=0.5, y=0.2)
+    right.margins(x=0.4, y=0.2)
     figure.suptitle("mas demo: smoke preset, procedural rooms", fontsize=10)
     figure.savefig(path, dpi=150)

@@ -38,7 +38,8 @@ class Study:
 
     def letters(self, group: Iterable[int]) -> str:
         """Indices of an affinity matrix as task letters."""
-        return "".join(sort_tasks(self.tasks, self._table)[i] for i in group)
+        letters = sort_tasks(self.tasks, self._table)
+        return "".join(letters[i] for i in group)
 
     def all_in_one(self) -> Trajectory:
         """The merged task, affinities measured on the way: the trunk of MAS and TAG."""
