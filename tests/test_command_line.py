@@ -147,6 +147,7 @@ def test_run_then_status_then_damaged_records(capsys, tmp_path, folder):
     assert "does not match its id" in refused(capsys, *run)
 
     k = next(tmp_path / "smoke" / i for i in store.ids() if i.startswith("k-"))
+    others = (d / "checkpoints" / "last.safetensors").read_bytes()
     shutil.rmtree(d)
     (k / "result.json").unlink()
     last = k / "checkpoints" / "last.safetensors"
@@ -157,8 +158,7 @@ def test_run_then_status_then_damaged_records(capsys, tmp_path, folder):
     assert f"checkpoint {last} cannot be read" in line and "delete" in line
     assert (k / "rounds.csv").read_bytes() == rows and not (k / "result.json").exists()
 
-    d = next(p for p in (tmp_path / "smoke").iterdir() if p.name.startswith("d-"))
-    shutil.copy(d / "checkpoints" / "last.safetensors", last)
+    last.write_bytes(others)
     assert "holds another network's weights" in refused(capsys, *run)
 
 

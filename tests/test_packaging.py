@@ -183,7 +183,7 @@ def test_dependencies_and_extras(project):
     torch = next(d for d in project["project"]["dependencies"] if name_of(d) == "torch")
     assert torch == "torch>=2.9"
     extras = project["project"]["optional-dependencies"]
-    assert set(extras) == {"test", "dask", "digits"}
+    assert set(extras) == {"test", "dask", "digits", "flower", "peers"}
     assert {"pytest", "nbval", "ruff"} <= {name_of(d) for d in extras["test"]}
 
 
