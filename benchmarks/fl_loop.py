@@ -47,7 +47,7 @@ def _compare(
     in_rounds, whole = [], []
     for repeat in range(repeats + 1):
         begin, at, end = _train(trajectory, rooms)
-        bare = _bare(trajectory, batches)
+        bare = bare_loop(trajectory, batches)
         if not repeat:
             continue  # the first turn warms up
         plain = sum(bare[1:-1])  # rounds after the first, before the one that validates
@@ -85,7 +85,7 @@ def _row(subject: str, pairs: list[tuple[float, float]], reach: str, note: str) 
                reach, note, {"subject": pairs[-1][0], "reference": pairs[-1][1]})  # fmt: skip
 
 
-def _bare(trajectory: Trajectory, rounds: list[list]) -> list[float]:
+def bare_loop(trajectory: Trajectory, rounds: list[list]) -> list[float]:
     """Seconds of every round's steps, and of nothing else."""
     net = build(trajectory).to(memory_format=torch.channels_last).train()
     fl, seconds = trajectory.fl, []

@@ -29,7 +29,7 @@ from mas_core.records.training import build
 from mas_core.records.trajectory import Trajectory
 from mas_core.tasks import Batch, task_losses
 
-from .fl_loop import _bare
+from .fl_loop import bare_loop
 from .scenes import prepared
 from .timing import Row, compare, in_turns, main, wall
 
@@ -49,7 +49,7 @@ def measure(quick: bool, folder: Path) -> list[Row]:
     net = build(trajectory).to(memory_format=torch.channels_last)
     state = {name: t.clone() for name, t in net.state_dict().items()}
     actions: dict[str, Callable[[], object]] = {
-        BARE: lambda: _bare(trajectory, [[b for own in batches.values() for b in own]]),
+        BARE: lambda: bare_loop(trajectory, [[b for own in batches.values() for b in own]]),
         OURS: lambda: run_round(net, state, trajectory, ROUND, data),
     }
     if find_spec("pfl"):

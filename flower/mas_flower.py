@@ -28,7 +28,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from safetensors.torch import save_file
 
-from mas_core.config import settings
+from mas_core.config import UserError, settings
 from mas_core.data.clients import ensure_rooms, open_clients
 from mas_core.federated import check_finite, client_batches, load_state, select_clients
 from mas_core.local import local_update
@@ -49,7 +49,10 @@ client = ClientApp()
 
 def study_of(run: dict[str, Any]) -> Study:
     """The study that a run's settings describe; "set" holds KEY=VALUE words as `mas run` does."""
-    overrides = dict(word.split("=", 1) for word in run["set"].split())
+    words = [word.partition("=") for word in run["set"].split()]
+    if wrong := [key for key, equals, _ in words if not equals]:
+        raise UserError(f"--set {wrong[0]}: write KEY=VALUE, for example fl.local_epochs=2")
+    overrides = {key: value for key, _, value in words}
     chosen = settings(run["preset"], run["tasks"], overrides)
     return Study(run["tasks"], chosen, int(run["seed"]), Store(run["out"], run["preset"]))
 
@@ -191,4 +194,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", default=default, type=type(default))
-    simulate(vars(parser.parse_args()))
+    try:
+        simulate(vars(parser.parse_args()))
+    except UserError as error:
+        parser.error(str(error))

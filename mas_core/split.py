@@ -2,11 +2,11 @@
 
 Affinities are arrays S of shape (n, n), dimensionless: S[i, j] is the affinity of task i onto
 task j (row updates, column receives), higher is better. Tasks are indices 0..n-1. A set of tasks
-is a bit mask inside this module, task t being bit 1 << t, and a sorted tuple outside of it.
+is a bit mask inside this module (see masks.py) and a sorted tuple outside of it.
 
 All three groupings are one problem: give every task a value in every group, then find the
-partition of the tasks into at most (TAG, HOA) or exactly (MAS) x parts whose values sum highest.
-Dynamic programming over subsets solves it exactly, in about x 3^(n-1) / 2 additions.
+partition of the tasks into at most (TAG, HOA) or exactly (MAS) x parts whose values sum highest,
+which masks.py finds.
 
 Sums that differ by less than 1e-12 n max|S|, which is what the order of a summation can change and
 no more, count as equal. Among equals the lexicographically first partition is taken, groups being
@@ -23,11 +23,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .config import UserError
+from .masks import Group, best_partition, mask_of, members_of, partition_table, tasks_in
 
 MAX_TASKS = 16  # the tables have 2^n rows and are filled from 3^n / 6 pairs: seconds at 16
 TIE = 1e-12
-
-Group = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def grouping_score(S: ArrayLike, groups: Iterable[Sequence[int]]) -> float:
     if sorted(task for group in groups for task in group) != list(range(len(S))):
         raise UserError(f"groups {groups} do not hold each of the tasks 0..{len(S) - 1} once")
     incoming = _incoming(S)
-    return float(sum(incoming[_mask(group)].sum() for group in groups))
+    return float(sum(incoming[mask_of(group)].sum() for group in groups))
 
 
 def best_split(S: ArrayLike, x: int) -> Split:
@@ -101,8 +100,8 @@ def best_splits(S: ArrayLike) -> tuple[Split, ...]:
 
 def _best_splits(S: np.ndarray, numbers: Sequence[int]) -> tuple[Split, ...]:
     values = _incoming(S).sum(1)
-    table = _partition_table(values, max(numbers))
-    return tuple(_split(S, _best_partition(values, table, x, _tie(S))) for x in numbers)
+    table = partition_table(values, max(numbers))
+    return tuple(_split(S, best_partition(values, table, x, _tie(S))) for x in numbers)
 
 
 def runner_up(S: ArrayLike, x: int) -> Split:
@@ -116,7 +115,7 @@ def runner_up(S: ArrayLike, x: int) -> Split:
     if x in (1, len(S)):
         raise UserError(f"{len(S)} task(s) have only one partition into {x}: no runner-up")
     values = _incoming(S).sum(1)
-    others = [[_mask(g) for g in groups] for groups in partitions(len(S), x) if groups != best]
+    others = [[mask_of(g) for g in groups] for groups in partitions(len(S), x) if groups != best]
     scores = values[np.array(others)].sum(1)
     return _split(S, others[int(np.argmax(scores >= scores.max() - _tie(S)))])
 
@@ -184,13 +183,13 @@ def hoa_groups(single_losses: ArrayLike, pair_losses: ArrayLike, x: int) -> Over
 def _overlapping(S: np.ndarray, x: int, tie: float) -> OverlappingSplit:
     """At most x groups, each task served by one, of highest sum of mean affinities onto tasks."""
     values = _most_around(S)
-    table = _partition_table(values, x)
+    table = partition_table(values, x)
     fewest = 1 + int(np.argmax(table[1:, -1] >= table[1:, -1].max() - tie))
-    parts = _best_partition(values, table, fewest, tie)
+    parts = best_partition(values, table, fewest, tie)
     incoming = _incoming(S)
     totals, around = zip(*(_group_around(incoming, part, tie) for part in parts), strict=True)
     groups = sorted(set(around))
-    served = {t: groups.index(g) for part, g in zip(parts, around) for t in _tasks(part)}
+    served = {t: groups.index(g) for part, g in zip(parts, around) for t in tasks_in(part)}
     serving = tuple(served[task] for task in sorted(served))
     return OverlappingSplit(tuple(groups), serving, float(np.sum(totals)))
 
@@ -202,7 +201,7 @@ def _most_around(S: np.ndarray) -> np.ndarray:
     S[i, j] over j in T other than i. So the best group of m tasks is T with those m - |T| others
     whose w is highest, and sorting w takes the place of going through all 3^n pairs.
     """
-    members = _members(len(S))  # (2^n, n)
+    members = members_of(len(S))  # (2^n, n)
     others = S.copy()
     np.fill_diagonal(others, 0)
     w = members @ others.T  # (2^n, n): what task i gives to the set
@@ -220,14 +219,14 @@ def _group_around(incoming: np.ndarray, part: int, tie: float) -> tuple[float, G
     """The most that a group around `part` gives to it, and the smallest (first) such group."""
     groups = np.arange(len(incoming))
     groups = groups[groups & part == part]
-    totals = incoming[groups][:, _tasks(part)].sum(1)
+    totals = incoming[groups][:, tasks_in(part)].sum(1)
     tied = groups[totals >= totals.max() - tie].tolist()
-    return totals.max(), min(map(_tasks, tied), key=lambda group: (len(group), group))
+    return totals.max(), min(map(tasks_in, tied), key=lambda group: (len(group), group))
 
 
 def _incoming(S: np.ndarray) -> np.ndarray:
     """Mean affinity onto each task inside each group; (2^n, n), 0 where the task is not in it."""
-    members = _members(len(S))
+    members = members_of(len(S))
     others = S.copy()
     np.fill_diagonal(others, 0)
     means = members @ others / np.maximum(members.sum(1, keepdims=True) - 1, 1)
@@ -236,67 +235,8 @@ def _incoming(S: np.ndarray) -> np.ndarray:
     return means
 
 
-def _partition_table(values: np.ndarray, x: int) -> np.ndarray:
-    """best[k, mask]: highest sum of values over partitions of `mask` into exactly k groups.
-
-    (x + 1, 2^n), -inf where there is none. The lowest task left always opens the next group, so
-    besides the full set only sets without task 0 are ever left over, and only those are filled.
-    """
-    full = len(values) - 1
-    best = np.full((x + 1, full + 1), -np.inf)
-    best[0, 0] = 0
-    best[1, 1:] = values[1:]
-    masks = np.append(np.arange(2, full, 2), full)
-    size = _members(full.bit_length())[masks].sum(1)
-    for p in range(2, full.bit_length() + 1):
-        of_size = masks[size == p]
-        left = _subsets(of_size & (of_size - 1))  # (sets, 2^(p-1)): all but the group just opened
-        opened = values[of_size[:, None] ^ left]
-        for k in range(2, min(p, x) + 1):
-            best[k, of_size] = (opened + best[k - 1][left]).max(1)
-    return best
-
-
-def _best_partition(values: np.ndarray, best: np.ndarray, x: int, tie: float) -> list[int]:
-    """The lexicographically first of the best partitions of all tasks into x groups, as masks."""
-    chosen: list[int] = []
-    mask, reached = len(values) - 1, 0.0
-    for k in range(x, 0, -1):
-        left = _subsets(np.array([mask & (mask - 1)]))[0]  # all but the group just opened
-        totals = reached + values[mask ^ left] + best[k - 1][left]
-        enough = min(best[x, -1] - tie, totals.max())
-        chosen.append(min((mask ^ left[totals >= enough]).tolist(), key=_tasks))
-        reached += values[chosen[-1]]
-        mask ^= chosen[-1]
-    return chosen
-
-
-def _members(n: int) -> np.ndarray:
-    """Whether task t is in mask m; (2^n, n) bool."""
-    return np.arange(1 << n)[:, None] >> np.arange(n) & 1 == 1
-
-
-def _subsets(masks: np.ndarray) -> np.ndarray:
-    """All subsets of masks that have p tasks each, the empty one first; (len(masks), 2^p)."""
-    subsets = np.zeros((len(masks), 1), dtype=np.int64)
-    rest = masks.copy()
-    while rest.any():
-        lowest = rest & -rest
-        subsets = np.concatenate([subsets, subsets | lowest[:, None]], axis=1)
-        rest ^= lowest
-    return subsets
-
-
-def _mask(group: Iterable[int]) -> int:
-    return sum(1 << task for task in group)
-
-
-def _tasks(mask: int) -> Group:
-    return tuple(task for task in range(int(mask).bit_length()) if mask >> task & 1)
-
-
 def _split(S: np.ndarray, masks: list[int]) -> Split:
-    groups = tuple(_tasks(mask) for mask in masks)
+    groups = tuple(tasks_in(mask) for mask in masks)
     return Split(groups, grouping_score(S, groups))
 
 

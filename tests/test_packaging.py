@@ -93,8 +93,8 @@ def test_names_that_readme_and_notebooks_use(tmp_path):
 
 # What stands first is imported by what stands later, never the other way. Folders count whole.
 ORDER = [
-    "config", "tasks", "models", "affinity", "split", "rules", "local", "grouped", "federated",
-    "methods", "data", "records", "run", "paper", "__main__",
+    "config", "tasks", "models", "affinity", "masks", "split", "rules", "local", "grouped",
+    "federated", "methods", "data", "records", "run", "paper", "__main__",
 ]  # fmt: skip
 
 
