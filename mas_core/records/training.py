@@ -128,7 +128,7 @@ def _record(run: _Run, made: Round, store: Store, last: bool) -> None:
     if run.affinity_rows:
         store.write_affinities(trajectory, run.affinity_rows)
     store.write_rounds(trajectory, run.rows)
-    if last or (fl.measure_rounds and done % max(1, R // KEPT) == 0):
+    if last or (fl.measure_rounds and _is_kept(done, R)):
         store.save_checkpoint(trajectory, f"round_{done:04d}", run.state, done, fingerprint)
     store.save_checkpoint(trajectory, "last", run.state, done, fingerprint)
 
@@ -169,6 +169,10 @@ def _affinity_rows(made: Round, tasks: str) -> list[dict[str, Any]]:
     ]
 
 
+def _is_kept(done: int, rounds: int) -> bool:
+    return done % max(1, rounds // KEPT) == 0
+
+
 def is_done(trajectory: Trajectory, until: int, store: Store) -> bool:
     """Whether the record reaches round `until` (the last one: whether it is tested, too)."""
     store.check(trajectory)
@@ -201,7 +205,8 @@ def state_at(
     """The state after `round_` rounds: a kept one, or trained again from the nearest one before.
 
     Training is deterministic, so a record whose checkpoints are not at hand can still be branched
-    from; its files are left alone.
+    from. The states that its own training would have kept are kept for the next branch; the record
+    is left alone.
     """
     data = open_clients(trajectory.data, data_folder, trajectory.tasks)
     net = build(trajectory).to(device, memory_format=torch.channels_last)
@@ -216,6 +221,9 @@ def state_at(
         state = {name: tensor.to(device) for name, tensor in state.items()}
     for r in range(nearest, round_):
         state, _ = run_round(net, state, trajectory, r, data)
+        if r + 1 == round_ or _is_kept(r + 1, trajectory.fl.rounds):
+            name = f"round_{r + 1:04d}"
+            store.save_checkpoint(trajectory, name, state, r + 1, data.fingerprint)
     return state
 
 
