@@ -134,7 +134,9 @@ def test_a_branch_is_the_same_with_and_without_its_parents_checkpoints(
         train(branch, 4, s, folder)
     assert record(store, branch) == record(other, branch)
     assert weights(store, branch) == weights(other, branch)
-    assert not kept.exists()
+    again, first = weights(store, trajectory), weights(other, trajectory)
+    assert set(again) == {"round_0003.safetensors"}  # for the next branch
+    assert again["round_0003.safetensors"] == first["round_0003.safetensors"]
 
 
 # --- Killed, and asked for twice at once ----------------------------------------------------------
