@@ -27,10 +27,10 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mas.run.cuda_graph import Capture, GraphedStep, capture_graph, run_eagerly
 from mas_core.config import FL
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
-from mas_core.run.cuda_graph import Capture, GraphedStep, capture_graph, run_eagerly
 from mas_core.tasks import Batch, task_losses
 
 from .affinity_cost import random_batch

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from mas.paper.experiments import Key, ask, figure_5, figure_6
 from mas_core.config import Settings
 from mas_core.data.clients import open_data
 from mas_core.federated import run_round
-from mas_core.paper.experiments import Key, ask, figure_5, figure_6
 from mas_core.records.store import Store, open_store
 from mas_core.records.study import MethodResult
 from mas_core.records.training import build, start_state

@@ -6,7 +6,7 @@ first batch has every task alone, later ones the groups of the day.
 
 from pathlib import Path
 
-from mas_core.paper.experiments import RIVALS, ask, rivals, tour
+from mas.paper.experiments import RIVALS, ask, rivals, tour
 from mas_core.records.store import open_store
 
 from .method_cost import RECORDS, timed

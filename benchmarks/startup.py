@@ -9,7 +9,7 @@ from .timing import Row, compare, in_turns, main, wall
 
 REFERENCE = 'python -c "import torch"'
 COMMANDS = {
-    "mas --help": ["-m", "mas_core", "--help"],
+    "mas --help": ["-m", "mas", "--help"],
     "import mas_core": ["-c", "import mas_core"],
     "import mas_core.federated": ["-c", "import mas_core.federated"],
     REFERENCE: ["-c", "import torch"],

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from mas.run.engine import run, train_job
 from mas_core.data.processes import local_workers
 from mas_core.methods import Need
 from mas_core.records.store import Store
 from mas_core.records.trajectory import Trajectory
-from mas_core.run.engine import run, train_job
 
 from .scenes import prepared
 from .timing import Row, compare, in_turns, main, wall

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import mas_flower  # noqa: E402
 
+from mas.run import engine  # noqa: E402
 from mas_core import methods  # noqa: E402
 from mas_core.data.clients import ensure_rooms  # noqa: E402
-from mas_core.run import engine  # noqa: E402
 
 
 def test_flower_gives_the_weights_groups_and_losses_of_one_machine(tmp_path):

@@ -1,7 +1,7 @@
 """mas_core: merge federated tasks into one, measure their affinities, split, continue.
 
-A reproduction of MAS: Towards Resource-Efficient Federated Multiple-Task Learning (ICCV 2023).
-Names are loaded when they are first used, so that `mas --help` does not wait for PyTorch.
+The method of MAS: Towards Resource-Efficient Federated Multiple-Task Learning (ICCV 2023), with the
+data and the records it needs. Names are loaded when they are first used.
 """
 
 from importlib import import_module
@@ -14,9 +14,6 @@ _HOME = {
     "MultiTaskNet": "models",
     "merge": "models",
     "open_store": "records.store",
-    "results": "paper.tables",
-    "rounds": "records.tables",
-    "affinities": "records.tables",
     "open_data": "data.clients",
     "settings": "config",
     "UserError": "config",
@@ -28,13 +25,11 @@ _MODULES = {
     name: f"{folder}{name}"
     for folder, names in {
         "": "affinity config federated local methods models split tasks",
-        "data.": "clients rooms taskonomy",
-        "records.": "cost evaluate store study training trajectory",
-        "run.": "engine",
-        "paper.": "experiments verdicts",
+        "data.": "clients rooms",
+        "records.": "cost",
     }.items()
     for name in names.split()
-} | {"records": "records"}  # a folder that can be called: the table of all trajectories
+}
 __all__ = sorted([*_HOME, *_MODULES])
 
 

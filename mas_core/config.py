@@ -61,16 +61,17 @@ Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Round = Annotated[int, Field(ge=0, le=100_000)]
 Strength = Annotated[FiniteFloat, Field(ge=0, le=1e6)]
-RULES = {  # fl.method -> what a client or the server does differently
+RULES = {  # fl.method -> what a client or the server does differently; rivals stand outside
     "fedavg": "mas_core.rules.fedavg:FedAvg",
     "fedprox": "mas_core.rules.fedprox:FedProx",
     "gradnorm": "mas_core.rules.gradnorm:GradNorm",
-    "famo": "mas_core.rules.famo:FAMO",
-    "cagrad": "mas_core.rules.cagrad:CAGrad",
-    "pcgrad": "mas_core.rules.pcgrad:PCGrad",
-    "selective": "mas_core.rules.selective:Selective",
-    "fedem": "mas_core.rules.fedem:FedEM",  # with model.size="mas_core.rules.fedem:small"
+    "famo": "mas.rivals.famo:FAMO",
+    "cagrad": "mas.rivals.cagrad:CAGrad",
+    "pcgrad": "mas.rivals.pcgrad:PCGrad",
+    "selective": "mas.rivals.selective:Selective",
+    "fedem": "mas.rivals.fedem:FedEM",  # with model.size="mas_core.rules.fedem:small"
 }
+MOVED = {"mas_core.rules.fedem": "mas.rivals.fedem"}  # modules named on record, where they are now
 MEASURES = ("lookahead", "first_order", "representation", "cosine")  # see affinity.py
 
 
@@ -89,7 +90,7 @@ def outside(name: str) -> Any:
     """What "my_module:my_name" names, imported; a UserError where it cannot be."""
     module, _, attribute = name.partition(":")
     try:
-        return getattr(import_module(module), attribute)
+        return getattr(import_module(MOVED.get(module, module)), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{name!r} cannot be imported: {error}") from None
 

@@ -13,10 +13,10 @@ import pandas as pd
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 
-import mas_core as mas
-from mas_core import experiments, verdicts
-from mas_core.paper import tables
-from mas_core.records.tables import seeds_on_record
+import mas
+from mas import experiments, verdicts
+from mas.paper import tables
+from mas.frames import seeds_on_record
 
 FAMILIES = ("one-by-one", "all-in-one", "fedprox", "gradnorm", "HOA", "TAG", "MAS", "standalone")
 PRINTED_AS = {"One-by-one": "one-by-one", "FedAvg": "all-in-one", "All-in-one": "all-in-one",

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mas_core import methods
+from mas import methods
 from mas_core.config import UserError, settings, stream, stream_seed
 from mas_core.data.arrays import hash_json
 from mas_core.records.study import Study

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mas_core import methods
+from mas import methods
 from mas_core.config import stream
 from mas_core.methods import Need
 from mas_core.records.study import Study

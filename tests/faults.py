@@ -37,7 +37,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mas_core.__main__ import main as mas
+from mas.__main__ import main as mas
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ["run", "mas", "--tasks", "sdn", "--preset", "smoke", "--set", "fl.rounds=6",
@@ -210,7 +210,7 @@ def started(command: list[str], folder: Path = ROOT) -> tuple[subprocess.Popen, 
     mark = f"MAS_FAULT={random.getrandbits(64):x}"
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | dict([mark.split("=")]) | {"PYTHONPATH": paths}
-    process = subprocess.Popen([sys.executable, "-m", "mas_core", *command], cwd=folder, text=True,
+    process = subprocess.Popen([sys.executable, "-m", "mas", *command], cwd=folder, text=True,
                                env=environment, stdin=subprocess.DEVNULL, errors="replace",
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     return process, mark

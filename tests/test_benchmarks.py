@@ -13,10 +13,10 @@ from benchmarks.__main__ import NAMES
 from benchmarks.__main__ import main as run_all
 from benchmarks.affinity_cost import random_batch
 from benchmarks.splitting import enumerate_partitions
+from mas.paper.experiments import ask, figure_5, rivals
 from mas_core.config import FL, settings
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
-from mas_core.paper.experiments import ask, figure_5, rivals
 from mas_core.records.store import open_store
 from mas_core.split import best_splits
 

@@ -10,15 +10,15 @@ from dataclasses import replace
 
 import pytest
 
-from mas_core.__main__ import main
+from mas.__main__ import main
+from mas.paper import campaign, experiments
+from mas.paper.campaign import Evidence, pack, unpack
+from mas.run.engine import collect
+from mas.run.workers import Compute
 from mas_core.config import UserError
 from mas_core.methods import Need
-from mas_core.paper import campaign, experiments
-from mas_core.paper.campaign import Evidence, pack, unpack
 from mas_core.records.store import Store
 from mas_core.records.training import train
-from mas_core.run.engine import collect
-from mas_core.run.workers import Compute
 
 TINY = {
     "data.source": "taskonomy", "data.size": 16, "data.buildings": 4, "fl.batch_size": 4,

@@ -18,8 +18,8 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from mas_core import engine
-from mas_core.__main__ import main
+from mas import engine
+from mas.__main__ import main
 from mas_core.config import UserError, override
 from mas_core.methods import all_in_one, merge_and_split, one_by_one
 from mas_core.records.store import Store
@@ -29,9 +29,9 @@ dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
 psutil = pytest.importorskip("psutil")  # with distributed
 pytest.importorskip("dask_jobqueue")
-from mas_core.run import cluster  # noqa: E402
-from mas_core.run.progress import Progress  # noqa: E402
-from mas_core.run.workers import Compute, train_recipes  # noqa: E402
+from mas.run import cluster  # noqa: E402
+from mas.run.progress import Progress  # noqa: E402
+from mas.run.workers import Compute, train_recipes  # noqa: E402
 
 DEADLINE = 300  # seconds; reached only where something hangs
 R0, ROUNDS = 12, 16
@@ -405,6 +405,6 @@ def has_ended(pid):
 
 
 def test_dask_is_imported_only_where_it_is_asked_for():
-    code = ("import sys, mas_core.run.cluster, mas_core.__main__; "
+    code = ("import sys, mas.run.cluster, mas.__main__; "
             "assert not {'dask', 'distributed'} & sys.modules.keys()")  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True)

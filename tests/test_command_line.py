@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mas_core.__main__ import main
+from mas.__main__ import main
 from mas_core.config import settings as preset_settings
 from mas_core.records.store import Store
 from mas_core.tasks import DOMAINS
@@ -166,7 +166,7 @@ def test_interrupted_then_continued(tmp_path, folder):
     """Ctrl-C: one line, status 130, the rounds done are kept, the same command goes on."""
     rounds = ["fl.rounds=40", "fl.evaluate_every=40", "fl.measure_rounds=0"]
     extra = [a for value in rounds for a in ("--set", value)]
-    command = [sys.executable, "-m", "mas_core", "run", "all-in-one", "--tasks", "dk", *TINY,
+    command = [sys.executable, "-m", "mas", "run", "all-in-one", "--tasks", "dk", *TINY,
                *extra, "--data", str(folder), "--results", str(tmp_path)]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -220,7 +220,7 @@ def test_render_then_prepare(tmp_path, capsys):
 
 def test_demo_from_nothing_and_again(tmp_path):
     """`mas demo` in an empty folder, then once more: the second time it only prints."""
-    command = [sys.executable, "-m", "mas_core", "demo", "--device", "cpu"]
+    command = [sys.executable, "-m", "mas", "demo", "--device", "cpu"]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     for method in ("one-by-one", "all-in-one", "MAS-2", "constant"):
@@ -246,7 +246,7 @@ def test_demo_from_nothing_and_again(tmp_path):
 def test_a_reader_that_leaves_is_no_error(tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "mas_core", "status", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "mas", "status", "--results", str(tmp_path)]
     shown = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (shown.returncode, shown.stderr) == (0, "")
@@ -254,7 +254,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
 
 @pytest.mark.parametrize("argv", [["--help"], ["status", "--preset", "small"]])
 def test_what_only_reads_does_not_wait_for_pytorch(argv):
-    code = "import contextlib, sys, mas_core.__main__ as m\n"
+    code = "import contextlib, sys, mas.__main__ as m\n"
     code += f"with contextlib.suppress(SystemExit): m.main({argv})\nprint('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert shown.stdout.endswith("\nFalse\n"), shown.stderr

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mas_core import cost
 from mas_core.federated import state_bytes
+from mas_core.records import cost
 from mas_core.records.cost import Cost, Meter, co2_grams, device_name, estimated_kwh
 
 ROOT = Path(__file__).parents[1]

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
+from mas.run.cuda_graph import CapturedSteps, GraphedStep, run_eagerly
 from mas_core.config import FL
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
-from mas_core.run.cuda_graph import CapturedSteps, GraphedStep, run_eagerly
 
 PLAIN = FL(batch_size=4, affinity_every=3)
 LR = 0.01

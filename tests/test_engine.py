@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file
 from test_methods import make_record
 
-from mas_core import engine
+from mas import engine
+from mas.run import workers
+from mas.run.engine import EngineError, choose_device, collect, run, with_ancestors
+from mas.run.progress import Progress
 from mas_core.config import UserError
 from mas_core.data.processes import local_workers
 from mas_core.federated import TrainingDiverged
@@ -20,9 +23,6 @@ from mas_core.records.store import Store
 from mas_core.records.study import Study
 from mas_core.records.training import is_done, train
 from mas_core.records.trajectory import Trajectory
-from mas_core.run import workers
-from mas_core.run.engine import EngineError, choose_device, collect, run, with_ancestors
-from mas_core.run.progress import Progress
 
 VARY = ["seconds", "joules", "affinity_seconds"]
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from mas_core import experiments, training
-from mas_core.__main__ import _overrides, _parser
-from mas_core.paper.experiments import Missing, ask, chosen, recipes_of, reproduce_command
+from mas import experiments
+from mas.__main__ import _overrides, _parser
+from mas.paper.experiments import Missing, ask, chosen, recipes_of, reproduce_command
+from mas.run import workers
+from mas.run.engine import collect
+from mas_core.records import training
 from mas_core.records.store import Store
-from mas_core.run import workers
-from mas_core.run.engine import collect
 
 TINY = {
     "data.source": "taskonomy", "data.size": 16, "data.buildings": 4, "fl.batch_size": 4,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mas_core import federated, training
+from mas_core import federated
 from mas_core.affinity import lookahead_affinity
 from mas_core.config import FL, UserError, override, stream
 from mas_core.data.clients import open_data
@@ -24,6 +24,7 @@ from mas_core.federated import (
 )
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
+from mas_core.records import training
 from mas_core.records.evaluate import evaluate
 from mas_core.records.training import build, is_done, start_state, state_at, train
 from mas_core.records.trajectory import Trajectory

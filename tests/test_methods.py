@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from mas_core import engine, federated, training
+from mas import engine
+from mas_core import federated
 from mas_core.config import Choice, Settings, Tag, UserError, stream
 from mas_core.methods import (
     METHODS,
@@ -25,6 +26,7 @@ from mas_core.methods import (
     standalone,
     tag,
 )
+from mas_core.records import training
 from mas_core.records.cost import estimated_kwh
 from mas_core.records.store import Store
 from mas_core.records.study import Study, part_cost

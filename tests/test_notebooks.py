@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mas_core.paper.experiments import NOTEBOOKS
+from mas.paper.experiments import NOTEBOOKS
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -105,7 +105,7 @@ def test_reproduce_from_nothing(tmp_path):
     """Two notebooks at the smoke preset in an empty folder: rendered, trained, executed, drawn."""
     stems = ["figure_05_sdnkt", "figure_07_affinities"]
     run = subprocess.run(
-        [sys.executable, "-m", "mas_core", "reproduce", *stems, "--preset", "smoke",
+        [sys.executable, "-m", "mas", "reproduce", *stems, "--preset", "smoke",
          "--workers", "2", "--device", "cpu"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mas.run import engine
 from mas_core.config import UserError, override
 from mas_core.methods import all_in_one, merge_and_split
 from mas_core.records.study import Study
 from mas_core.records.training import train
-from mas_core.run import engine
 
 MODULE = '''
 import torch

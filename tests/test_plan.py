@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from test_methods import make_record
 
+from mas.paper import plan
 from mas_core.config import Data, Model
 from mas_core.config import settings as preset_settings
 from mas_core.federated import state_bytes
 from mas_core.methods import Need
-from mas_core.paper import plan
 from mas_core.records.store import Store
 from mas_core.records.study import Study
 from mas_core.records.training import build
@@ -64,7 +64,7 @@ def test_amounts_of_a_stretch(model):
 
 def test_a_network_that_is_no_encoder_with_decoders_is_counted_whole():
     one, two = (Trajectory("dk", 0, SMOKE.data, replace(SMOKE.model, size=size), SMOKE.fl)
-                for size in ("tiny", "mas_core.rules.fedem:tiny"))  # fmt: skip
+                for size in ("tiny", "mas.rivals.fedem:tiny"))  # fmt: skip
     speed = plan.Speed(1.0, 0.0, 0.0)
     sent = [plan._amount(t, 0, 1, 0, speed)[2] for t in (one, two)]
     pi = 2 * 2 * 2 * 4  # both ways, clients, learners, bytes

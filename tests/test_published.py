@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mas_core.paper import experiments
+from mas.paper import experiments
 from mas_core.records.store import open_store
 from mas_core.split import best_split, grouping_score, hoa_groups, partitions, tag_groups
 

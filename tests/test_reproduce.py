@@ -14,11 +14,11 @@ import pytest
 from matplotlib.figure import Figure
 from test_methods import make_record
 
-from mas_core.__main__ import main
+from mas.__main__ import main
+from mas.paper import experiments, reproduce
 from mas_core.config import UserError
 from mas_core.config import settings as preset_settings
 from mas_core.methods import Need
-from mas_core.paper import experiments, reproduce
 from mas_core.records.store import Store
 from mas_core.records.trajectory import Trajectory
 
@@ -113,7 +113,7 @@ def test_no_kernel_outlives_the_command(tmp_path, how):
     cell = "from pathlib import Path; Path('begun').touch(); import time; time.sleep(1000)"
     nbformat.write(notebook(PARAMETERS, cell), tmp_path / "notebooks" / "figure_04_data.ipynb")
     marker = f"MAS_TEST={tmp_path}"
-    command = [sys.executable, "-m", "mas_core", "reproduce", "figure_04_data", "--no-train"]
+    command = [sys.executable, "-m", "mas", "reproduce", "figure_04_data", "--no-train"]
     environment = os.environ | {"MAS_TEST": str(tmp_path), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
     try:

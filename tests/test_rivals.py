@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from mas.paper import subsets
+from mas.paper.experiments import RIVALS
+from mas.rivals.cagrad import conflict_averse
+from mas.rivals.famo import FAMO, W
+from mas.rivals.fedem import FedEM, image_losses, responsibilities
+from mas.rivals.pcgrad import projected
+from mas.rivals.selective import affinity_propagation, grouped, tracked
 from mas_core.config import FL, override
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet, build
-from mas_core.paper import subsets
-from mas_core.paper.experiments import RIVALS
 from mas_core.records.store import Store
 from mas_core.records.training import train
-from mas_core.rules.cagrad import conflict_averse
-from mas_core.rules.famo import FAMO, W
-from mas_core.rules.fedem import FedEM, image_losses, responsibilities
-from mas_core.rules.pcgrad import projected
-from mas_core.rules.selective import affinity_propagation, grouped, tracked
 from mas_core.tasks import task_losses
 
 PLAIN = FL(batch_size=4)
@@ -214,7 +214,7 @@ def test_losses_of_images_average_to_the_batchs(batch):
 
 
 def test_two_learners_mix_and_learn(settings, batch):
-    model = replace(settings.model, size="mas_core.rules.fedem:tiny")
+    model = replace(settings.model, size="mas.rivals.fedem:tiny")
     net, made = build("sd", model, seed=2), batch("sd")
     first = MultiTaskNet("sd", "tiny", 4, seed=2)
     alone = net.learners[0]
@@ -241,7 +241,7 @@ def test_two_learners_mix_and_learn(settings, batch):
 def test_a_rival_resumes_to_the_bit(method, trajectory, folder, store, settings, tmp_path):
     changes = {"fl.method": method, "fl.measure_rounds": 0, "fl.clients_per_round": 1}
     if method == "fedem":
-        changes["model.size"] = "mas_core.rules.fedem:tiny"
+        changes["model.size"] = "mas.rivals.fedem:tiny"
     s = override(settings, changes)
     whole = replace(trajectory, tasks="sd", fl=s.fl, model=s.model)
     for until in (2, 4):

@@ -7,9 +7,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from mas.paper import site as module
+from mas.paper.site import site
 from mas_core.config import UserError
-from mas_core.paper import site as module
-from mas_core.paper.site import site
 
 ROOT = Path(__file__).parents[1]
 FIRST = """# A title

@@ -18,10 +18,10 @@ import torch
 from conftest import POINTS, SIZE, write_buildings
 from safetensors.torch import load_file, save_file
 
-from mas_core import store as store_module
-from mas_core import training
 from mas_core.config import UserError
 from mas_core.data.clients import prepare
+from mas_core.records import store as store_module
+from mas_core.records import training
 from mas_core.records.store import Store, open_store
 from mas_core.records.training import is_done, train
 
@@ -135,8 +135,8 @@ def test_a_branch_is_the_same_with_and_without_its_parents_checkpoints(
     assert record(store, branch) == record(other, branch)
     assert weights(store, branch) == weights(other, branch)
     again, first = weights(store, trajectory), weights(other, trajectory)
-    assert set(again) == {"round_0003.safetensors"}  # for the next branch
-    assert again["round_0003.safetensors"] == first["round_0003.safetensors"]
+    assert "round_0003.safetensors" in again  # for the next branch
+    assert again.items() <= first.items()
 
 
 # --- Killed, and asked for twice at once ----------------------------------------------------------

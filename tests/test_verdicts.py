@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mas_core.paper import verdicts
-from mas_core.paper.verdicts import ABSENT, FAILS, HOLDS, ONE_SEED, OPEN, SAME, Finding
+from mas.paper import verdicts
+from mas.paper.verdicts import ABSENT, FAILS, HOLDS, ONE_SEED, OPEN, SAME, Finding
 from mas_core.split import partitions
 
 NOISE = 0.95  # per cent: sd of a paired difference of total losses over seeds of the small preset

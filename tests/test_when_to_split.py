@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mas.run import engine
 from mas_core.records.store import Affinities
-from mas_core.run import engine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
 

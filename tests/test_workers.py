@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from mas.run import progress as shown
+from mas.run import workers
 from mas_core.config import UserError, settings
 from mas_core.data.clients import rooms_folder
 from mas_core.data.rooms.render import read_parameters
 from mas_core.methods import Need
 from mas_core.records.store import Store
 from mas_core.records.training import train
-from mas_core.run import progress as shown
-from mas_core.run import workers
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDLESS = [
@@ -53,7 +53,7 @@ def wait_for(true, seconds, what):
 @pytest.fixture
 def training(tmp_path, folder):
     """`mas run` on two workers, both of which have begun, in a process group of its own."""
-    command = [sys.executable, "-m", "mas_core", "run", "one-by-one", "--tasks", "dk", *ENDLESS,
+    command = [sys.executable, "-m", "mas", "run", "one-by-one", "--tasks", "dk", *ENDLESS,
                "--workers", "2", "--data", str(folder), "--results", str(tmp_path)]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, cwd=ROOT)  # fmt: skip

@@ -36,12 +36,12 @@ import numpy as np
 import pandas as pd
 
 from ..config import FL, Data, Model, UserError
-from .tables import BESIDE, results_folder
 from .trajectory import Trajectory
 
 if TYPE_CHECKING:
     from ..models import State  # PyTorch is imported where checkpoints are: `mas status` needs none
 
+BESIDE = Path(__file__).resolve().parents[2] / "results"  # in a clone
 _REMEDY = "restore it, or delete its folder to train anew"
 _FROM_START = "delete {} to train from the start"
 
@@ -354,6 +354,20 @@ class Store:
                 raise
 
 
+def results_folder(results: Path | str | None = None) -> Path:
+    """Where records are read: the folder given, else results/ here, else that beside the package.
+
+    A UserError that says where it looked if there is none.
+    """
+    if results is not None:
+        return Path(results)
+    for place in (Path("results"), BESIDE):
+        if place.is_dir():
+            return place
+    raise UserError(f"no records: neither {Path('results').absolute()} nor {BESIDE} is a folder; "
+                    "name one with results=...")  # fmt: skip
+
+
 def open_store(preset: str = "small", results: Path | str | None = None) -> Store:
     """The records of a preset; the folder need not exist yet.
 
@@ -367,17 +381,17 @@ def provenance() -> dict[str, Any]:
     """Versions and git revision of what is running; null where they cannot be told."""
     import torch
 
-    here = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str | None:
         try:
             return subprocess.check_output(
-                ["git", *arguments], cwd=here, stderr=subprocess.DEVNULL, text=True, timeout=20
+                ["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=20
             ).strip()
         except (OSError, subprocess.SubprocessError):
             return None
 
-    changes = git("status", "--porcelain", "--", ".")
+    changes = git("status", "--porcelain", "--", "mas", "mas_core")
     try:
         version = metadata.version("mas-core")
     except metadata.PackageNotFoundError:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..config import FL, Data, Model, UserError
+from mas_core.config import FL, Data, Model, UserError
+from mas_core.records.store import results_folder
 
-BESIDE = Path(__file__).resolve().parents[2] / "results"  # in a clone
 LETTERS = "sdnkterca"  # the nine tasks, in the order of tasks.py (which imports PyTorch)
 PARTS = {"data": Data, "model": Model, "fl": FL}  # of config.json, named like the settings
 
@@ -40,20 +40,6 @@ AFFINITIES = {
     "round": "int64", "client": "int64", "measurements": "int64", "updates": "str",
     "receives": "str", "affinity": "float64",
 }  # fmt: skip
-
-
-def results_folder(results: Path | str | None = None) -> Path:
-    """Where records are read: the folder given, else results/ here, else that beside the package.
-
-    A UserError that says where it looked if there is none.
-    """
-    if results is not None:
-        return Path(results)
-    for place in (Path("results"), BESIDE):
-        if place.is_dir():
-            return place
-    raise UserError(f"no records: neither {Path('results').absolute()} nor {BESIDE} is a folder; "
-                    "name one with results=...")  # fmt: skip
 
 
 def record_folder(id_: str, results: Path | str | None = None) -> Path:

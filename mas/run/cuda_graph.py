@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..config import FL
-from ..local import sgd
-from ..models import MultiTaskNet, forward_tasks, gradient_at_features
-from ..tasks import Batch
+from mas_core.config import FL
+from mas_core.local import sgd
+from mas_core.models import MultiTaskNet, forward_tasks, gradient_at_features
+from mas_core.tasks import Batch
 
 PIXELS = 2**18  # batches below this are bound by launches: 256 images of 32 px, 4 of 256 px
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]

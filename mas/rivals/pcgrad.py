@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config import FL, stream
-from ..models import MultiTaskNet, State
+from mas_core.config import FL, stream
+from mas_core.models import MultiTaskNet, State
+
 from .cagrad import CAGrad
 
 ROUND = "pcgrad.round"

@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..config import Model, Settings, outside, settings, stream
-from ..federated import state_bytes
-from ..methods import Part
-from ..models import build
-from ..records.store import Affinities, Store, open_store
-from ..records.training import is_done
-from ..records.trajectory import Trajectory
+from mas_core.config import Model, Settings, outside, settings, stream
+from mas_core.federated import state_bytes
+from mas_core.methods import Part
+from mas_core.models import build
+from mas_core.records.store import Affinities, Store, open_store
+from mas_core.records.training import is_done
+from mas_core.records.trajectory import Trajectory
+
 from ..run.engine import with_ancestors
 from .experiments import chosen, recipes_of
 
@@ -160,7 +161,7 @@ def images_a_round(t: Trajectory) -> float:
     """Training images of a round, in the mean over the clients that may be drawn: K E |D_k|."""
     data, fl = t.data, t.fl
     if data.source == "rooms":
-        from ..data.rooms.render import view_counts
+        from mas_core.data.rooms.render import view_counts
 
         counts = view_counts(data.buildings, data.views, data.render_seed)
     else:

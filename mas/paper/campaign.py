@@ -25,9 +25,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..config import PRESETS, UserError, settings
-from ..records.store import Store, open_store
-from ..records.trajectory import Trajectory
+from mas_core.config import PRESETS, UserError, settings
+from mas_core.records.store import Store, open_store
+from mas_core.records.trajectory import Trajectory
+
 from ..run.engine import EngineError, collect
 from ..run.workers import Compute, train_recipes
 from . import experiments as x

@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import mas_core as mas
+import mas
+from mas import frames
+from mas.paper import experiments
+from mas.paper import tables as paper
+from mas.run.engine import run
 from mas_core.config import FL, Data, Model, UserError
 from mas_core.methods import all_in_one, merge_and_split, one_by_one
-from mas_core.paper import experiments
-from mas_core.paper import tables as paper
-from mas_core.records import tables
+from mas_core.records import store as store_module
 from mas_core.records.training import train
-from mas_core.run.engine import run
 from mas_core.tasks import TASKS
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -88,11 +89,11 @@ def check_types(table, section):
 
 def test_records_have_the_columns_and_types_of_the_schema():
     table = mas.records("small", RESULTS)
-    assert set(table) == set(listed("mas.records")) | set(tables.SETTINGS)
-    assert set(tables.SETTINGS) < set(listed("config.json"))
+    assert set(table) == set(listed("mas.records")) | set(frames.SETTINGS)
+    assert set(frames.SETTINGS) < set(listed("config.json"))
     check_types(table, "mas.records")
     assert len(table) == len(list((RESULTS / "small").glob("*/config.json"))) >= 311
-    assert tuple(mas.TASKS) == tuple(tables.LETTERS)
+    assert tuple(mas.TASKS) == tuple(frames.LETTERS)
     empty = mas.records("paper", RESULTS)
     assert list(empty) == list(table) and len(empty) == 0
     check_types(empty, "mas.records")
@@ -140,7 +141,7 @@ def test_where_records_are_looked_for(tmp_path, monkeypatch):
     assert len(mas.records("small")) == 0  # here
     with pytest.raises(UserError, match=f"no record {MAIN} in any preset of .*results"):
         mas.rounds(MAIN)
-    monkeypatch.setattr(tables, "BESIDE", tmp_path / "nothing")
+    monkeypatch.setattr(store_module, "BESIDE", tmp_path / "nothing")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="neither .*elsewhere.*results nor .*nothing is a folder"):
@@ -169,8 +170,8 @@ def test_a_damaged_record_is_named(tmp_path, name, content):
 def test_records_are_read_fast_and_without_pytorch():
     code = f"""
 import sys, time
-import mas_core as mas
-from mas_core.records import tables
+import mas
+from mas import frames
 began = time.process_time()
 assert len(mas.records("small", {str(RESULTS)!r})) >= 311
 assert mas.rounds({MAIN!r}, {str(RESULTS)!r}) is not None
@@ -259,7 +260,7 @@ def test_losses_of_a_method_by_client(settings, folder, store):
 
 def test_test_losses_of_clients_as_a_table(trajectory, folder, store):
     train(trajectory, 4, store, folder)
-    losses = tables.client_losses(trajectory.id, store.results)
+    losses = frames.client_losses(trajectory.id, store.results)
     own = store.result(trajectory)["test_best_clients"]
     assert losses.shape == (4, 2) and losses.d[2] == own["d"][2]
-    assert tables.client_losses(MAIN, RESULTS) is None  # older than these losses
+    assert frames.client_losses(MAIN, RESULTS) is None  # older than these losses

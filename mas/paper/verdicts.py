@@ -30,7 +30,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from ..split import partitions
+from mas_core.split import partitions
 
 HOLDS, FAILS, SAME = "holds", "does not hold", "equivalent within 1 %"
 OPEN, ONE_SEED, ABSENT = "cannot be judged", "one seed", "not on record"

@@ -10,10 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..config import Data, Settings, UserError
-from ..data.clients import ensure_rooms, rooms_folder
-from ..data.processes import local_workers
-from ..records.store import Store
+from mas_core.config import Data, Settings, UserError
+from mas_core.data.clients import ensure_rooms, rooms_folder
+from mas_core.data.processes import local_workers
+from mas_core.records.store import Store
+
 from .engine import Recipes, choose_device, run
 from .progress import shown_progress
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ..methods import Need
-from ..records.store import Store
+from mas_core.methods import Need
+from mas_core.records.store import Store
 
 LINE_SECONDS = 30.0  # between two lines where there is no terminal
 

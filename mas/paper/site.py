@@ -10,7 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError
+from mas_core.config import UserError
+
 from .reproduce import notebooks_folder
 from .verdicts import VERDICTS
 

@@ -7,9 +7,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from ..affinity import encoder_gradients
-from ..models import TaskPass
-from .fedavg import FedAvg
+from mas_core.affinity import encoder_gradients
+from mas_core.models import TaskPass
+from mas_core.rules.fedavg import FedAvg
 
 
 class CAGrad(FedAvg):

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..affinity import frozen_statistics
-from ..config import FL, stream
-from ..models import MultiTaskNet, State, TaskPass, forward_tasks, gradient_at_features
-from ..tasks import Batch
-from .fedavg import FedAvg
+from mas_core.affinity import frozen_statistics
+from mas_core.config import FL, stream
+from mas_core.models import MultiTaskNet, State, TaskPass, forward_tasks, gradient_at_features
+from mas_core.rules.fedavg import FedAvg
+from mas_core.tasks import Batch
 
 B, ROUND = "selective.affinity", "selective.round"
 Groups = list[list[int]]

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError
+from mas_core.config import UserError
 
 # Executor, how many jobs it can hold now, errors that mean a lost worker.
 Workers = Iterator[tuple[Executor, Callable[[], int], tuple[type[BaseException], ...]]]

@@ -17,10 +17,11 @@ from typing import Any
 
 import pandas as pd
 
-from ..config import UserError, settings
-from ..data.clients import rooms_folder
-from ..records.store import Store, open_store
-from ..records.tables import seeds_on_record
+from mas_core.config import UserError, settings
+from mas_core.data.clients import rooms_folder
+from mas_core.records.store import Store, open_store
+
+from ..frames import seeds_on_record
 from ..run.engine import EngineError, collect
 from ..run.workers import Compute, train_recipes
 from .experiments import Recipes, chosen, recipes_of

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..records.store import Store, open_store
-from ..records.study import MethodResult
-from ..records.tables import results_folder, seeds_on_record
-from ..tasks import TASKS
+from mas_core.records.store import Store, open_store, results_folder
+from mas_core.records.study import MethodResult
+from mas_core.tasks import TASKS
+
+from ..frames import seeds_on_record
 from .experiments import NOTEBOOKS, Experiment, Key, ask
 
 # Columns of `results` and their types.

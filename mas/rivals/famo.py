@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..affinity import frozen_statistics
-from ..config import FL
-from ..models import MultiTaskNet, State, TaskPass, forward_tasks
-from ..tasks import Batch
-from .fedavg import FedAvg
+from mas_core.affinity import frozen_statistics
+from mas_core.config import FL
+from mas_core.models import MultiTaskNet, State, TaskPass, forward_tasks
+from mas_core.rules.fedavg import FedAvg
+from mas_core.tasks import Batch
 
 W = "famo.w"
 

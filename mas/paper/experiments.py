@@ -13,14 +13,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from .. import methods
-from ..config import MEASURES, UserError, settings
-from ..methods import Recipe
-from ..records.store import Store
-from ..records.study import Study
+from mas_core import methods
+from mas_core.config import MEASURES, UserError, settings
+from mas_core.methods import Recipe
+from mas_core.records.store import Store
+from mas_core.records.study import Study
+from mas_core.tasks import TASK_SETS
+
 from ..run.engine import collect
 from ..run.workers import Compute, train_recipes
-from ..tasks import TASK_SETS
 
 Key = tuple[str, str, int]
 Recipes = dict[Key, Recipe]

@@ -13,7 +13,7 @@ from typing import Any
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 success, 1 something failed, 2 bad input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
-    from .config import UserError
+    from mas_core.config import UserError
 
     before = signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C
     try:
@@ -105,7 +105,7 @@ def _computed(arguments: argparse.Namespace, workers: int = 1) -> Any:
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .config import UserError
+    from mas_core.config import UserError
 
     pairs = [text.partition("=") for text in arguments.overrides]
     for key, equals, _ in pairs:
@@ -132,11 +132,12 @@ def _run_options(run: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from .config import UserError, settings
-    from .methods import METHODS, TAKES_SPLITS
+    from mas_core.config import UserError, settings
+    from mas_core.methods import METHODS, TAKES_SPLITS
+    from mas_core.records.store import open_store
+    from mas_core.records.study import Study
+
     from .paper.demo import method_table
-    from .records.store import open_store
-    from .records.study import Study
     from .run.workers import train_recipes
 
     if arguments.method not in METHODS:
@@ -189,7 +190,8 @@ def _reproduce_options(reproduce: argparse.ArgumentParser) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    from .config import UserError
+    from mas_core.config import UserError
+
     from .paper.reproduce import reproduce
 
     if arguments.dry_run:
@@ -248,8 +250,8 @@ def _status_options(status: argparse.ArgumentParser) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from .config import PRESETS, UserError
-    from .records.store import open_store
+    from mas_core.config import PRESETS, UserError
+    from mas_core.records.store import open_store
 
     if arguments.preset is not None and arguments.preset not in PRESETS:
         raise UserError(f"unknown preset {arguments.preset!r}; allowed: {', '.join(PRESETS)}")
@@ -280,8 +282,8 @@ def _render_options(render: argparse.ArgumentParser) -> None:
 
 
 def _render(arguments: argparse.Namespace) -> None:
-    from .config import UserError
-    from .data.rooms import render_rooms
+    from mas_core.config import UserError
+    from mas_core.data.rooms import render_rooms
 
     try:
         summary = render_rooms(
@@ -306,8 +308,8 @@ def _prepare_options(prepare: argparse.ArgumentParser) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from .config import outside
-    from .data.taskonomy import prepare
+    from mas_core.config import outside
+    from mas_core.data.taskonomy import prepare
 
     done = prepare(arguments.root, arguments.size, arguments.domains,
                    skip_broken=arguments.skip_broken, workers=arguments.workers,

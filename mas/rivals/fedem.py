@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..config import FL, Model, stream_seed
-from ..models import MultiTaskNet, State, TaskPass
-from ..tasks import Batch, TaskTable, task_losses
-from .fedavg import FedAvg
+from mas_core.config import FL, Model, stream_seed
+from mas_core.models import MultiTaskNet, State, TaskPass
+from mas_core.rules.fedavg import FedAvg
+from mas_core.tasks import Batch, TaskTable, task_losses
 
 
 class Learners(nn.Module):
@@ -41,7 +41,7 @@ class Learners(nn.Module):
         return (pi * outputs).sum(0)
 
 
-# `model.size` of two learners of a size: "mas_core.rules.fedem:small".
+# `model.size` of two learners of a size, by the name on record: "mas_core.rules.fedem:small".
 full, half, small, tiny = (partial(Learners, size=s) for s in ("full", "half", "small", "tiny"))
 
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from ..config import Data, UserError
-from ..federated import TrainingDiverged
-from ..methods import Need
-from ..records.store import Store
-from ..records.training import is_done, train
-from ..records.trajectory import Trajectory
+from mas_core.config import Data, UserError
+from mas_core.federated import TrainingDiverged
+from mas_core.methods import Need
+from mas_core.records.store import Store
+from mas_core.records.training import is_done, train
+from mas_core.records.trajectory import Trajectory
+
 from .cuda_graph import CapturedSteps
 from .progress import Progress
 

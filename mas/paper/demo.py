@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config import settings
-from ..methods import all_in_one, merge_and_split, one_by_one
-from ..records.store import open_store
-from ..records.study import MethodResult, Study
+from mas_core.config import settings
+from mas_core.methods import all_in_one, merge_and_split, one_by_one
+from mas_core.records.store import open_store
+from mas_core.records.study import MethodResult, Study
+from mas_core.tasks import TASKS
+
 from ..run.workers import Compute, train_recipes
-from ..tasks import TASKS
 
 
 def demo(results: Path, data: Path | None, compute: Compute) -> None:
