@@ -17,7 +17,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mas_core.config import Data, stream
-from mas_core.data.clients import FederatedData, ensure_rooms, open_data
+from mas_core.data.clients import FederatedData, open_data
+from mas_core.data.rooms.folder import ensure_rooms
 from mas_core.data.taskonomy import find_views
 from mas_core.tasks import DOMAINS, Batch, decode_batch
 

@@ -17,7 +17,7 @@ from types import ModuleType
 
 from PIL import Image
 
-from mas_core import rooms
+from mas_core.data import rooms
 
 from .timing import Row, compare, in_turns, main
 

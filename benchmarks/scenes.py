@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mas_core.config import Settings, settings
-from mas_core.data.clients import ensure_rooms
+from mas_core.data.rooms.folder import ensure_rooms
 
 QUICK = {"data.buildings": 2, "data.views": 20}
 

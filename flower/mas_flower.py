@@ -29,7 +29,8 @@ from flwr.serverapp import Grid, ServerApp
 from safetensors.torch import save_file
 
 from mas_core.config import UserError, settings
-from mas_core.data.clients import ensure_rooms, open_clients
+from mas_core.data.clients import open_clients
+from mas_core.data.rooms.folder import ensure_rooms
 from mas_core.federated import check_finite, client_batches, load_state, select_clients
 from mas_core.local import local_update
 from mas_core.models import State, restrict_state

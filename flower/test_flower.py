@@ -16,7 +16,7 @@ import mas_flower  # noqa: E402
 
 from mas.run import engine  # noqa: E402
 from mas_core import methods  # noqa: E402
-from mas_core.data.clients import ensure_rooms  # noqa: E402
+from mas_core.data.rooms.folder import ensure_rooms
 
 
 def test_flower_gives_the_weights_groups_and_losses_of_one_machine(tmp_path):

@@ -15,6 +15,9 @@ _HOME = {
     "affinities": "mas.frames",
 }
 _MODULES = {
+    "clients": "mas_core.data.clients",
+    "cost": "mas_core.records.cost",
+    "rooms": "mas_core.data.rooms",
     "experiments": "mas.paper.experiments",
     "verdicts": "mas.paper.verdicts",
     "engine": "mas.run.engine",

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from mas_core.config import FL, Data, Model, UserError
-from mas_core.records.store import results_folder
+from mas_core.records.store import BESIDE, results_folder
 
 LETTERS = "sdnkterca"  # the nine tasks, in the order of tasks.py (which imports PyTorch)
 PARTS = {"data": Data, "model": Model, "fl": FL}  # of config.json, named like the settings
@@ -42,9 +42,18 @@ AFFINITIES = {
 }  # fmt: skip
 
 
+def existing_folder(results: Path | str | None = None) -> Path:
+    """Where records are read, a UserError where `results_folder` is none."""
+    folder = results_folder(results)
+    if results is None and not folder.is_dir():
+        raise UserError(f"no records: neither {folder.absolute()} nor {BESIDE} is a folder; "
+                        "name one with results=...")  # fmt: skip
+    return folder
+
+
 def record_folder(id_: str, results: Path | str | None = None) -> Path:
     """The folder of a record, of whatever preset; a UserError that says where it looked."""
-    root = results_folder(results)
+    root = existing_folder(results)
     found = [p / id_ for p in sorted(root.glob("*")) if (p / id_ / "config.json").exists()]
     if not found:
         raise UserError(f"no record {id_} in any preset of {root.absolute()}")
@@ -53,13 +62,13 @@ def record_folder(id_: str, results: Path | str | None = None) -> Path:
 
 def seeds_on_record(preset: str = "small", results: Path | str | None = None) -> list[int]:
     """The seeds that any trajectory of a preset was trained with."""
-    names = [path.name for path in (results_folder(results) / preset).glob("*-s*-*")]
+    names = [path.name for path in (existing_folder(results) / preset).glob("*-s*-*")]
     return sorted({int(found[1]) for name in names if (found := re.search(r"-s(\d+)-", name))})
 
 
 def records(preset: str = "small", results: Path | str | None = None) -> pd.DataFrame:
     """All trajectories of a preset, a row each: what determined them, losses, sums of cost."""
-    root = results_folder(results) / preset
+    root = existing_folder(results) / preset
     rows = [_record(path.parent) for path in sorted(root.glob("*/config.json"))]
     known = {*RECORDS, *SETTINGS}
     own = dict.fromkeys(name for row in rows for name in row if name not in known)

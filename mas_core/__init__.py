@@ -21,15 +21,7 @@ _HOME = {
     "TASKS": "tasks",
     "TASK_SETS": "tasks",
 }
-_MODULES = {
-    name: f"{folder}{name}"
-    for folder, names in {
-        "": "affinity config federated local methods models split tasks",
-        "data.": "clients rooms",
-        "records.": "cost",
-    }.items()
-    for name in names.split()
-}
+_MODULES = ("affinity", "config", "federated", "local", "methods", "models", "split", "tasks")
 __all__ = sorted([*_HOME, *_MODULES])
 
 
@@ -37,7 +29,7 @@ def __getattr__(name: str):
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     if name in _MODULES:
-        return import_module(f".{_MODULES[name]}", __name__)
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

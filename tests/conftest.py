@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from mas_core.config import FL, Data, Mas, Model, Settings, stream
-from mas_core.data.clients import open_data, prepare
+from mas_core.data.clients import open_data
+from mas_core.data.taskonomy import prepare
 from mas_core.records.store import Store
 from mas_core.records.trajectory import Trajectory
 from mas_core.tasks import DOMAINS, NUM_CLASSES, STORED, decode_batch, domains_of

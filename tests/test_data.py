@@ -13,7 +13,8 @@ from test_taskonomy import SIZE, config, encoded, png, quietly, times, write
 
 from mas_core.config import Data, UserError, stream
 from mas_core.data.arrays import Record, open_array, read_json
-from mas_core.data.clients import ensure_rooms, open_clients, open_data, split_indices
+from mas_core.data.clients import open_clients, open_data, split_indices
+from mas_core.data.rooms.folder import ensure_rooms
 from mas_core.tasks import Task, TaskTable, decode_batch, domains_of
 
 ALL = "sdnkterca"

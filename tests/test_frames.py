@@ -141,7 +141,8 @@ def test_where_records_are_looked_for(tmp_path, monkeypatch):
     assert len(mas.records("small")) == 0  # here
     with pytest.raises(UserError, match=f"no record {MAIN} in any preset of .*results"):
         mas.rounds(MAIN)
-    monkeypatch.setattr(store_module, "BESIDE", tmp_path / "nothing")
+    for module in (store_module, frames):
+        monkeypatch.setattr(module, "BESIDE", tmp_path / "nothing")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="neither .*elsewhere.*results nor .*nothing is a folder"):

@@ -80,9 +80,9 @@ def make_record(store, need, affinity=None, losses=None, joules=True):
                     for i, a in enumerate(columns) for j, b in enumerate(columns)
                 })  # fmt: skip
     store.write_config(trajectory)
-    store.write_rounds(trajectory, rows)
+    store.write_rows(trajectory, "rounds.csv", rows)
     if measured:
-        store.write_affinities(trajectory, measured)
+        store.write_rows(trajectory, "affinity.csv", measured)
     if until == trajectory.fl.rounds:
         best = dict(zip(columns, rng.uniform(1, 2, len(columns)).round(3), strict=True))
         store.write_result(trajectory, {
@@ -360,7 +360,7 @@ def test_too_few_affinities_are_refused_by_name(study):
     with pytest.raises(UserError, match="affinities of 5 rounds are read, but fl.measure_rounds=4"):
         study.affinities(5)
     rows = study.store.read_rows(study.all_in_one(), "affinity.csv", 1)
-    study.store.write_affinities(study.all_in_one(), rows)
+    study.store.write_rows(study.all_in_one(), "affinity.csv", rows)
     with pytest.raises(UserError, match="affinity.csv lacks rounds of the first 2"):
         study.affinities(2)
 
@@ -462,7 +462,7 @@ def test_affinities_that_lack_their_first_round_are_refused(study):
     trunk = study.all_in_one()
     make_record(study.store, Need(trunk, 4))
     rows = study.store.read_rows(trunk, "affinity.csv", 4)
-    study.store.write_affinities(trunk, [row for row in rows if row["round"] != "0"])
+    study.store.write_rows(trunk, "affinity.csv", [row for row in rows if row["round"] != "0"])
     with pytest.raises(UserError, match="affinity.csv lacks rounds"):
         study.affinities(2)
 

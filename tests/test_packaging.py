@@ -65,7 +65,7 @@ for name in {LIGHT}:
 for name in mas.__all__:
     getattr(mas, name)
 assert not set({ABSENT}) & set(sys.modules)
-from mas_core.records.cost import Meter
+from mas.run.meters import Meter
 with Meter("cpu") as meter:
     pass
 assert meter.joules is None and meter.how.startswith("not measured"), meter.how

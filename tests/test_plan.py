@@ -22,7 +22,7 @@ def record(store, trajectory, rounds, seconds=1.0, affinity_seconds=0.0, samples
     """A record that says it trained `rounds` rounds, complete where these are all."""
     first, fl = trajectory.start_round, trajectory.fl
     store.write_config(trajectory)
-    store.write_rounds(trajectory, [
+    store.write_rows(trajectory, "rounds.csv", [
         {"round": r, "samples": samples, "joules": "", "bytes_down": 1, "bytes_up": 1,
          "seconds": seconds, "affinity_seconds": affinity_seconds * (r < fl.measure_rounds)}
         for r in range(first, first + rounds)

@@ -19,7 +19,7 @@ from conftest import POINTS, SIZE, write_buildings
 from safetensors.torch import load_file, save_file
 
 from mas_core.config import UserError
-from mas_core.data.clients import prepare
+from mas_core.data.taskonomy import prepare
 from mas_core.records import store as store_module
 from mas_core.records import training
 from mas_core.records.store import Store, open_store
@@ -605,7 +605,7 @@ def test_affinities_are_read_back(tmp_path, trajectory):
          "k>d": f"-{r}.{k}", "k>k": ""}
         for r in (0, 1, 2) for k in (1, 3)
     ]  # fmt: skip
-    store.write_affinities(trajectory, rows)
+    store.write_rows(trajectory, "affinity.csv", rows)
     found = store.affinities(trajectory)
     assert found.rounds.tolist() == [0, 1, 2] and found.clients.tolist() == [[1, 3]] * 3
     assert found.values[2, 1, 0, 1] == 2.3 and found.values[1, 0, 1, 0] == -1.1

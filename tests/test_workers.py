@@ -16,7 +16,7 @@ import pytest
 from mas.run import progress as shown
 from mas.run import workers
 from mas_core.config import UserError, settings
-from mas_core.data.clients import rooms_folder
+from mas_core.data.rooms.folder import rooms_folder
 from mas_core.data.rooms.render import read_parameters
 from mas_core.methods import Need
 from mas_core.records.store import Store

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from mas_core.config import UserError, settings
-from mas_core.data.clients import rooms_folder
+from mas_core.data.rooms.folder import rooms_folder
 from mas_core.records.store import Store, open_store
 
 from ..frames import seeds_on_record
@@ -196,7 +196,7 @@ def _start(
     """
     given = base64.b64encode(json.dumps(values).encode()).decode()  # JSON is YAML
     target = os.path.relpath(out / f"{stem}.ipynb", folder)
-    run = ("import os, sys; from mas_core.data.processes import interrupt_without; "
+    run = ("import os, sys; from mas.paper.kernel import interrupt_without; "
            "interrupt_without(int(sys.argv.pop(1))); "
            "from papermill.__main__ import papermill; papermill()")  # fmt: skip
     command = [sys.executable, "-c", run, str(os.getpid()), f"{stem}.ipynb", target, "-b", given,

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mas_core.records.store import Store, open_store, results_folder
+from mas_core.records.store import Store, open_store
 from mas_core.records.study import MethodResult
 from mas_core.tasks import TASKS
 
-from ..frames import seeds_on_record
+from ..frames import existing_folder, seeds_on_record
 from .experiments import NOTEBOOKS, Experiment, Key, ask
 
 # Columns of `results` and their types.
@@ -46,7 +46,7 @@ def results(
     results      None: the folder results/ here, or that of the clone
     experiments  None: all that a notebook asks for
     """
-    folder = results_folder(results)
+    folder = existing_folder(results)
     if experiments is None:
         experiments = dict.fromkeys(e for several in NOTEBOOKS.values() for e in several)
     seeds = seeds_on_record(preset, folder) if seeds is None else list(seeds)

@@ -26,6 +26,7 @@ from mas_core.records.training import is_done, train
 from mas_core.records.trajectory import Trajectory
 
 from .cuda_graph import CapturedSteps
+from .meters import Meter
 from .progress import Progress
 
 Recipes = dict[Any, Generator[list[Need], None, Any]]
@@ -66,7 +67,7 @@ def train_job(
     store, capture = Store(results, preset), CapturedSteps()
     torch.set_num_threads(threads or before)
     try:
-        train(trajectory, until, store, Path(data_folder), device, in_time, capture)
+        train(trajectory, until, store, Path(data_folder), device, in_time, capture, Meter)
     finally:
         torch.set_num_threads(before)
 

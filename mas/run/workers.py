@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mas_core.config import Data, Settings, UserError
-from mas_core.data.clients import ensure_rooms, rooms_folder
 from mas_core.data.processes import local_workers
+from mas_core.data.rooms.folder import ensure_rooms, rooms_folder
 from mas_core.records.store import Store
 
 from .engine import Recipes, choose_device, run

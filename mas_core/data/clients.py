@@ -6,7 +6,6 @@ opens no PNG: batches are rows of these arrays, decoded on the device.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from ..config import Data, UserError, outside, stream
 from ..federated import Clients
 from ..tasks import TASKS, Batch, TaskTable, check_tasks, decode_batch, domains_of
 from .arrays import Record, Summary, hash_json, open_array, read_json
-from .taskonomy import View, prepare
+from .taskonomy import View
 
 SPLITS = ("train", "val", "test")
 
@@ -224,7 +223,7 @@ def open_data(
     """
     table = outside(data.tasks)
     folder, needed = Path(folder), domains_of(check_tasks(letters, table), table)
-    prepared = _prepared(folder, data.size)
+    prepared = prepared_folder(folder, data.size)
     found = sorted(read_json(prepared / "summary.json", Summary).buildings)
     if len(found) < data.buildings:
         raise UserError(f"{folder} has {len(found)} buildings; {data.buildings} are asked for")
@@ -271,7 +270,8 @@ def _open_building(
     return record, arrays
 
 
-def _prepared(folder: Path, size: int) -> Path:
+def prepared_folder(folder: Path, size: int) -> Path:
+    """The <size>px folder of prepared buildings in `folder`; a UserError where there is none."""
     if not folder.is_dir():
         raise UserError(f"data folder {folder} does not exist")
     if not any(folder.iterdir()):
@@ -281,71 +281,3 @@ def _prepared(folder: Path, size: int) -> Path:
             return candidate
     raise UserError(f"{folder} is not prepared at {size} px; "
                     f"run: mas prepare --root {folder} --size {size}")  # fmt: skip
-
-
-def rooms_folder(data: Data) -> Path:
-    """Where rooms lie that are given no folder: data/rooms-<what determines them>."""
-    from .rooms import RENDERER_VERSION
-
-    name = (f"rooms-{data.buildings}x{data.views}-{data.size}px-seed{data.render_seed}"
-            f"-het{data.heterogeneity:g}-v{RENDERER_VERSION}")  # fmt: skip
-    return Path("data") / name
-
-
-def ensure_rooms(
-    data: Data, folder: str | Path | None, workers: int | None = None, progress: bool = True
-) -> Path:
-    """The folder to open: for procedural rooms rendered and prepared first, where they are not.
-
-    Without a folder rooms go to `rooms_folder`; one that is named is there already, empty or with
-    rooms. Taskonomy needs a folder; a source outside the package takes it as it is given.
-
-    Raises UserError where the folder is missing, holds other rooms than `data` says, of another
-    renderer, or other images.
-    """
-    if data.source == "taskonomy" and folder is None:
-        raise UserError("Taskonomy is not part of the package: name its folder with "
-                        "--data DIR, or train on rooms (data.source=rooms)")  # fmt: skip
-    if data.source != "rooms":
-        return Path(folder or ".")
-    from .rooms.render import render_rooms
-
-    rooms = rooms_folder(data) if folder is None else Path(folder)
-    asked = {"buildings": data.buildings, "views": data.views, "size": data.size,
-             "seed": data.render_seed, "heterogeneity": data.heterogeneity}  # fmt: skip
-    try:
-        found = _rooms_there(rooms, asked, named=folder is not None)
-        with contextlib.suppress(UserError):
-            _prepared(rooms, data.size)
-            return rooms
-        render_rooms(rooms, **asked | {"size": found.get("size", data.size)}, workers=workers,
-                     progress=progress)  # fmt: skip
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    prepare(rooms, data.size, workers=workers, progress=progress, table=outside(data.tasks))
-    return rooms
-
-
-def _rooms_there(rooms: Path, asked: dict[str, Any], named: bool) -> dict[str, Any]:
-    """What rooms.json says of a folder, {} where none are rendered; UserError for other rooms."""
-    from .rooms.render import RENDERER_VERSION, read_parameters
-
-    found = read_parameters(rooms)
-    if found is None:
-        if rooms.is_dir() and any(rooms.iterdir()):
-            raise UserError(
-                f"{rooms} has no rooms.json that says which rooms it holds; name the folder they "
-                "were rendered into, or set data.source=taskonomy"
-            )
-        if named and not rooms.is_dir():
-            asked = " ".join(f"--{key} {value}" for key, value in asked.items())
-            raise UserError(f"data folder {rooms} does not exist; to have rooms there: "
-                            f"mas render --out {rooms} {asked}")  # fmt: skip
-        return {}
-    # Rooms of another size serve: they are resized when they are prepared.
-    wanted = asked | {"size": found.get("size"), "renderer_version": RENDERER_VERSION}
-    other = [f"{key}={found.get(key)}" for key in wanted if found.get(key) != wanted[key]]
-    if other:
-        raise UserError(f"{rooms} holds rooms rendered with {', '.join(other)}, not as configured; "
-                        "name another folder or change the settings")  # fmt: skip
-    return found

@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 import threading
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -29,19 +28,6 @@ def local_workers(workers: int) -> ProcessPoolExecutor:
             raise UserError(f"{script.name} starts worker processes, which would all run it again: "
                             'write what it does under if __name__ == "__main__":')  # fmt: skip
     return ProcessPoolExecutor(workers, get_context("spawn"), _begin)
-
-
-def interrupt_without(parent: int) -> None:
-    """Interrupt this process when `parent`, which started it, is gone; end it where that fails."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(10.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _begin() -> None:

@@ -233,11 +233,13 @@ class Store:
         """A file of a record from elsewhere, as it is."""
         self._write(self.folder(trajectory) / name, content)
 
-    def write_rounds(self, trajectory: Trajectory, rows: list[dict[str, Any]]) -> None:
-        self._write(self.folder(trajectory) / "rounds.csv", _csv_text(rows))
-
-    def write_affinities(self, trajectory: Trajectory, rows: list[dict[str, Any]]) -> None:
-        self._write(self.folder(trajectory) / "affinity.csv", _csv_text(rows))
+    def write_rows(self, trajectory: Trajectory, name: str, rows: list[dict[str, Any]]) -> None:
+        """The rows of rounds.csv or affinity.csv."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self._write(self.folder(trajectory) / name, text.getvalue())
 
     def write_result(self, trajectory: Trajectory, result: dict[str, Any]) -> None:
         folder = self.folder(trajectory)
@@ -355,25 +357,14 @@ class Store:
 
 
 def results_folder(results: Path | str | None = None) -> Path:
-    """Where records are read: the folder given, else results/ here, else that beside the package.
-
-    A UserError that says where it looked if there is none.
-    """
-    if results is not None:
-        return Path(results)
-    for place in (Path("results"), BESIDE):
-        if place.is_dir():
-            return place
-    raise UserError(f"no records: neither {Path('results').absolute()} nor {BESIDE} is a folder; "
-                    "name one with results=...")  # fmt: skip
+    """The folder given, else results/ here, else the one beside the package in a clone."""
+    places = [Path(results)] if results is not None else [Path("results"), BESIDE]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def open_store(preset: str = "small", results: Path | str | None = None) -> Store:
-    """The records of a preset; the folder need not exist yet.
-
-    Without `results` it is results/ here, or else the one beside the package in a clone.
-    """
-    return Store(results_folder(results) if results or BESIDE.is_dir() else "results", preset)
+    """The records of a preset in `results_folder`, which need not exist yet."""
+    return Store(results_folder(results), preset)
 
 
 @cache
@@ -433,11 +424,3 @@ def _parsed(path: Path, changed: int, size: int) -> pd.DataFrame:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from None
     return table
-
-
-def _csv_text(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

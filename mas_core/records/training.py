@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..local import sgd
 from ..models import MultiTaskNet, State, restrict_state
 from ..rules.fedavg import rule_of
 from ..tasks import task_losses, task_scores
-from .cost import Meter, device_clock, device_name, peak_memory_bytes
+from .cost import Stopwatch, device_clock, device_name, peak_memory_bytes
 from .evaluate import constant_losses, evaluate
 from .store import Store, provenance
 from .trajectory import Trajectory
@@ -33,14 +34,15 @@ def train(
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] = lambda round_: None,
     capture: Callable | None = None,
+    meter: type[Stopwatch] = Stopwatch,
 ) -> None:
     """Bring a trajectory to round `until` (all of them: also test it) and record it in `store`.
 
     Does nothing where the record reaches that far. Otherwise it continues from the last
-    checkpoint, bit-identical to a run that was never interrupted, or from its start. `progress`
-    is called with the number of rounds done after each round, `capture` is handed to
-    `local_update`. Raises TrainingDiverged at a loss that is not finite; the rounds before it stay
-    on record.
+    checkpoint, bit-identical to a run that was never interrupted, or from its start. `progress` is
+    called with the number of rounds done after each round, `capture` is handed to `local_update`,
+    and `meter` measures what the rounds cost. Raises TrainingDiverged at a loss that is not finite;
+    the rounds before it stay on record.
     """
     R, device = trajectory.fl.rounds, torch.device(device)
     if not trajectory.start_round <= until <= R:
@@ -49,13 +51,14 @@ def train(
         if is_done(trajectory, until, store):
             progress(until)
             return
-        run = _resume(trajectory, store, data_folder, device)
+        run = _resume(trajectory, store, data_folder, meter(device))
+        clock = partial(device_clock, device)
         sgd(run.net.parameters(), 0.0, trajectory.fl)  # the first one imports for a second
         progress(run.done)
         for r in range(run.done, until):
             with run.meter:
                 run.state, made = run_round(
-                    run.net, run.state, trajectory, r, run.data, capture, run.clock
+                    run.net, run.state, trajectory, r, run.data, capture, clock
                 )
             _record(run, made, store, last=r + 1 == until)
             progress(r + 1)
@@ -72,21 +75,15 @@ class _Run:
     data: Clients
     state: State
     done: int  # rounds
-    device: torch.device
-    meter: Meter
+    meter: Stopwatch
     rows: list[dict[str, Any]]  # of rounds.csv
     affinity_rows: list[dict[str, Any]]
     best: float = field(default=float("inf"))  # the lowest summed validation loss so far
 
-    def clock(self) -> float:
-        """Device seconds, the device's queue emptied, so that an interval holds its own work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return device_clock(self.device)
 
-
-def _resume(trajectory: Trajectory, store: Store, data_folder: Path, device: torch.device) -> _Run:
+def _resume(trajectory: Trajectory, store: Store, data_folder: Path, meter: Stopwatch) -> _Run:
     """The run as its last checkpoint left it, or at its start."""
+    device = meter.device
     data = open_clients(trajectory.data, data_folder, trajectory.tasks)
     net = build(trajectory).to(device, memory_format=torch.channels_last)
     last = store.checkpoint_path(trajectory, "last")
@@ -101,9 +98,7 @@ def _resume(trajectory: Trajectory, store: Store, data_folder: Path, device: tor
     where = {"device": device_name(device), "threads": torch.get_num_threads(), **provenance()}
     store.write_machines(trajectory, done, where)
     best = _best(rows, net.tasks)
-    return _Run(
-        trajectory, net, data, state, done, device, Meter(device), rows, affinity_rows, best
-    )
+    return _Run(trajectory, net, data, state, done, meter, rows, affinity_rows, best)
 
 
 def _record(run: _Run, made: Round, store: Store, last: bool) -> None:
@@ -118,7 +113,7 @@ def _record(run: _Run, made: Round, store: Store, last: bool) -> None:
     losses: dict[str, float] = {}
     if validated:
         load_state(run.net, run.state)
-        losses = evaluate(run.net, run.data.evaluation("val", tasks, 64, run.device))
+        losses = evaluate(run.net, run.data.evaluation("val", tasks, 64, run.meter.device))
         check_finite(losses.values(), tasks, "validation", made.round, made.lr)
     run.rows.append(_round_row(made, tasks, run.meter.lap(), losses))
     if validated and _best(run.rows[-1:], tasks) < run.best:
@@ -126,8 +121,8 @@ def _record(run: _Run, made: Round, store: Store, last: bool) -> None:
         store.save_checkpoint(trajectory, "best", run.state, done, fingerprint)
     run.affinity_rows += _affinity_rows(made, tasks)
     if run.affinity_rows:
-        store.write_affinities(trajectory, run.affinity_rows)
-    store.write_rounds(trajectory, run.rows)
+        store.write_rows(trajectory, "affinity.csv", run.affinity_rows)
+    store.write_rows(trajectory, "rounds.csv", run.rows)
     if last or (fl.measure_rounds and _is_kept(done, R)):
         store.save_checkpoint(trajectory, f"round_{done:04d}", run.state, done, fingerprint)
     store.save_checkpoint(trajectory, "last", run.state, done, fingerprint)
@@ -219,8 +214,9 @@ def state_at(
             trajectory, kept[nearest], net.state_dict(), data.fingerprint
         )
         state = {name: tensor.to(device) for name, tensor in state.items()}
+    unmeasured = replace(trajectory, fl=replace(trajectory.fl, measure_rounds=0))  # equal weights
     for r in range(nearest, round_):
-        state, _ = run_round(net, state, trajectory, r, data)
+        state, _ = run_round(net, state, unmeasured, r, data)
         if r + 1 == round_ or _is_kept(r + 1, trajectory.fl.rounds):
             name = f"round_{r + 1:04d}"
             store.save_checkpoint(trajectory, name, state, r + 1, data.fingerprint)
@@ -229,7 +225,7 @@ def state_at(
 
 def _result(run: _Run, store: Store) -> dict[str, Any]:
     """Test losses of the last round's model and of the one with the least validation loss."""
-    trajectory, net, data, device = run.trajectory, run.net, run.data, run.device
+    trajectory, net, data, device = run.trajectory, run.net, run.data, run.meter.device
 
     def test(client: int | None = None, measure: Callable = task_losses) -> dict[str, float]:
         return evaluate(net, data.evaluation("test", net.tasks, 64, device, client), measure)
