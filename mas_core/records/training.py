@@ -215,9 +215,10 @@ def state_at(
         )
         state = {name: tensor.to(device) for name, tensor in state.items()}
     unmeasured = replace(trajectory, fl=replace(trajectory.fl, measure_rounds=0))  # equal weights
+    recorded = store.rounds_done(trajectory) > trajectory.start_round
     for r in range(nearest, round_):
         state, _ = run_round(net, state, unmeasured, r, data)
-        if r + 1 == round_ or _is_kept(r + 1, trajectory.fl.rounds):
+        if recorded and (r + 1 == round_ or _is_kept(r + 1, trajectory.fl.rounds)):
             name = f"round_{r + 1:04d}"
             store.save_checkpoint(trajectory, name, state, r + 1, data.fingerprint)
     return state
