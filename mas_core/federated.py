@@ -122,7 +122,7 @@ def run_round(
             else:
                 own = load_state(net, state)
                 results[k] = local_update(
-                    net, batches[k], fl, lr, measure, state, capture, clock, client=k
+                    net, batches[k], fl, lr, measure, state, capture, clock, k
                 )
             for step in results[k].step_losses.tolist():
                 check_finite(step, tasks, f"client {data.names[k]}", round_, lr)
