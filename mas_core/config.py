@@ -70,6 +70,7 @@ RULES = {  # fl.method -> what a client or the server does differently; rivals s
     "pcgrad": "mas.rivals.pcgrad:PCGrad",
     "selective": "mas.rivals.selective:Selective",
     "fedem": "mas.rivals.fedem:FedEM",  # with model.size="mas_core.rules.fedem:small"
+    "two_widths": "mas.rivals.two_widths:TwoWidths",
 }
 MOVED = {"mas_core.rules.fedem": "mas.rivals.fedem"}  # modules named on record, where they are now
 MEASURES = ("lookahead", "first_order", "representation", "cosine")  # see affinity.py
@@ -118,6 +119,7 @@ class Model:
     # A size of the paper's network, or a function (letters, model, table) -> network.
     size: _one_of("full", "half", "small", "tiny") = "full"
     output_stride: int = 16  # input pixels per pixel of the shared features
+    width: Annotated[FiniteFloat, Field(ge=0.1, le=1)] = 1.0  # share of the encoder's channels
 
     def __post_init__(self) -> None:
         if self.output_stride not in (2, 4, 8, 16):

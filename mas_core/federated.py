@@ -121,13 +121,15 @@ def run_round(
                 own, results[k] = together[k]
             else:
                 own = load_state(net, state)
-                results[k] = local_update(net, batches[k], fl, lr, measure, state, capture, clock)
+                results[k] = local_update(
+                    net, batches[k], fl, lr, measure, state, capture, clock, k
+                )
             for step in results[k].step_losses.tolist():
                 check_finite(step, tasks, f"client {data.names[k]}", round_, lr)
             yield own | results[k].travelling, p[k]
 
     new = rule.average(trained())
-    travelling = state_bytes(new)
+    travelling = len(clients) * state_bytes(new) - sum(r.unsent for r in results.values())
     return new, Round(
         round=round_,
         clients=clients,
@@ -139,8 +141,8 @@ def run_round(
         else None,
         measurements=[results[k].measurements for k in clients],
         affinity_seconds=sum(r.affinity_seconds for r in results.values()),
-        bytes_down=len(clients) * travelling,
-        bytes_up=len(clients) * (travelling + (4 * len(tasks) ** 2 if measure else 0)),
+        bytes_down=travelling,
+        bytes_up=travelling + (4 * len(clients) * len(tasks) ** 2 if measure else 0),
         reported=rule.report(new, tasks),
     )
 

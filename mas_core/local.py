@@ -27,6 +27,7 @@ class LocalResult:
     measurements: int
     affinity_seconds: float  # with the encoder's backward pass that training needs anyway
     travelling: State  # what the method sends beside the weights
+    unsent: int = 0  # bytes of the server's state that neither reach this client nor come back
 
     @property
     def losses(self) -> Tensor:
@@ -50,6 +51,7 @@ def local_update(
     state: State | None = None,
     capture: Callable | None = None,
     clock: Callable[[], float] = perf_counter,
+    client: int | None = None,
 ) -> LocalResult:
     """Train `net` in place on a client's batches (all local epochs, one after the other).
 
@@ -61,13 +63,14 @@ def local_update(
     state    what the server sent, with what the method keeps in it
     capture  (net, batch, fl, scale) -> a step captured for batches of this shape, or None
     clock    seconds, the device's queue emptied
+    client   its index, for methods that treat clients differently
     """
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("a client has no training images")
-    net.train()
     rule = rule_of(fl)(net, fl, state or {})
+    net = rule.network(client).train()
     captured = capture(net, first, fl, rule.scale) if capture and rule.captured else None
     if captured:
         captured.begin(lr)
@@ -96,4 +99,5 @@ def local_update(
         measurements=len(affinities),
         affinity_seconds=affinity_seconds,
         travelling=rule.travelling(),
+        unsent=rule.unsent,
     )

@@ -6,7 +6,8 @@ exactly the released code's parameter counts. `restrict_to` and `merge` move wei
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,13 @@ class Size:
     decoder: tuple[int, int, int, int]
     branch: int  # the decoder's short branch, resized to the output
     kernels: tuple[int, int, int, int, int]  # the decoder's convolutions, the last one included
+
+    def at_width(self, width: float) -> Size:
+        """The same with ceil(width x channels) in every layer of the encoder, features included."""
+        stem, blocks = (
+            tuple(math.ceil(width * c) for c in layers) for layers in (self.stem, self.blocks)
+        )
+        return replace(self, stem=stem, blocks=blocks, features=math.ceil(width * self.features))
 
 
 SIZES = {
@@ -144,12 +152,13 @@ class MultiTaskNet(nn.Module):
         output_stride: int = 16,
         seed: int = 0,
         table: TaskTable = TASKS,
+        width: float = 1.0,
     ) -> None:
         super().__init__()
-        self.config = Model(size, output_stride)
+        self.config = Model(size, output_stride, width)
         self.table = table
         self.tasks = sort_tasks(tasks, table)
-        widths = SIZES[size]
+        widths = SIZES[size].at_width(width)
         self.encoder = _seeded(seed, "encoder", lambda: Encoder(widths, output_stride))
         self.decoders = nn.ModuleDict()
         for a in self.tasks:
@@ -180,7 +189,7 @@ def build(tasks: str, model: Model, seed: int = 0, table: TaskTable = TASKS) -> 
     """
     if ":" in model.size:
         return outside(model.size)(sort_tasks(tasks, table), model, seed, table)
-    return MultiTaskNet(tasks, model.size, model.output_stride, seed, table)
+    return MultiTaskNet(tasks, model.size, model.output_stride, seed, table, model.width)
 
 
 def merge(nets: list[MultiTaskNet]) -> MultiTaskNet:

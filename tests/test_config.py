@@ -127,7 +127,8 @@ def test_every_part_of_a_trajectory_is_in_its_id(trajectory):
         ids.add(other.id)
 
     other_values = {"source": "rooms", "split": "released", "size": {"data": 32, "model": "small"},
-                    "output_stride": 8, "method": "fedprox", "encoder_grad_scale": "sqrt",
+                    "output_stride": 8, "width": 0.5, "method": "fedprox",
+                    "encoder_grad_scale": "sqrt",
                     "clients": (0, 1), "tasks": "my_tasks:TABLE", "lr_schedule": "cosine",
                     "affinity": "cosine", "options": (("alpha", 0.5),),
                     "arithmetic": "grouped",

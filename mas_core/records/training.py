@@ -112,7 +112,7 @@ def _record(run: _Run, made: Round, store: Store, last: bool) -> None:
     validated = done % fl.evaluate_every == 0 or done == R
     losses: dict[str, float] = {}
     if validated:
-        load_state(run.net, run.state)
+        _load_for_test(run, run.state)
         losses = evaluate(run.net, run.data.evaluation("val", tasks, 64, run.meter.device))
         check_finite(losses.values(), tasks, "validation", made.round, made.lr)
     run.rows.append(_round_row(made, tasks, run.meter.lap(), losses))
@@ -126,6 +126,12 @@ def _record(run: _Run, made: Round, store: Store, last: bool) -> None:
     if last or (fl.measure_rounds and _is_kept(done, R)):
         store.save_checkpoint(trajectory, f"round_{done:04d}", run.state, done, fingerprint)
     store.save_checkpoint(trajectory, "last", run.state, done, fingerprint)
+
+
+def _load_for_test(run: _Run, state: State) -> None:
+    """The network as the method tests it."""
+    load_state(run.net, state)
+    rule_of(run.trajectory.fl).before_test(run.net, run.trajectory.fl, run.data)
 
 
 def _round_row(
@@ -231,11 +237,11 @@ def _result(run: _Run, store: Store) -> dict[str, Any]:
     def test(client: int | None = None, measure: Callable = task_losses) -> dict[str, float]:
         return evaluate(net, data.evaluation("test", net.tasks, 64, device, client), measure)
 
-    load_state(net, run.state)
+    _load_for_test(run, run.state)
     last = test()
     path = store.checkpoint_path(trajectory, "best")
     best_state, best_round = store.load_checkpoint(trajectory, path, run.state, data.fingerprint)
-    load_state(net, {name: tensor.to(device) for name, tensor in best_state.items()})
+    _load_for_test(run, {name: tensor.to(device) for name, tensor in best_state.items()})
     counts = [data.count(k, "test") for k in range(len(data.names))]
     of_clients = [test(k) if n else dict.fromkeys(net.tasks) for k, n in enumerate(counts)]
     scored = [a for a in net.tasks if net.table[a].score]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class FedAvg:
 
     captured = True  # a captured CUDA step (run/cuda_graph.py) does the same as `step`
     measures = True  # affinities can be measured beside its steps
+    unsent = 0  # bytes of the server's state that this client neither receives nor sends
 
     def __init__(self, net: MultiTaskNet, fl: FL, state: State) -> None:
         self.net, self.fl, self.state = net, fl, state
@@ -59,6 +61,13 @@ class FedAvg:
         """What travels beside the weights before the first round."""
         return {}
 
+    def network(self, client: int | None) -> MultiTaskNet:
+        """What this client trains: the working copy of the server's network, or another one.
+
+        client  its index, None where the caller does not tell
+        """
+        return self.net
+
     def travelling(self) -> State:
         """What goes back to the server beside the weights."""
         return {}
@@ -67,6 +76,13 @@ class FedAvg:
     def report(cls, state: State, tasks: str) -> dict[str, float]:
         """Numbers of the server's new state that are recorded with the round, by column."""
         return {}
+
+    @classmethod
+    def before_test(cls, net: nn.Module, fl: FL, data: Any) -> None:
+        """Change the network, which has the server's state, before it is validated or tested.
+
+        data  `federated.Clients`; the server's state itself stays as it is
+        """
 
     average = staticmethod(weighted_mean)  # the server: (state, p_k) of every client -> state
 
