@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from mas_core.config import UserError, settings
 from mas_core.data.clients import open_clients
 from mas_core.data.rooms.folder import ensure_rooms
+from mas_core.fedavg import rule_of
 from mas_core.federated import check_finite, client_batches, load_state, select_clients
 from mas_core.local import local_update
 from mas_core.models import State, restrict_state
@@ -39,7 +40,6 @@ from mas_core.records.store import Store
 from mas_core.records.study import Study
 from mas_core.records.training import build
 from mas_core.records.trajectory import Trajectory
-from mas_core.rules.fedavg import rule_of
 from mas_core.split import best_split
 
 DEFAULTS = {"preset": "smoke", "tasks": "sdnkt", "splits": 2, "seed": 0, "set": "", "data": "",

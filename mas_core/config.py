@@ -62,9 +62,9 @@ Count = Annotated[int, Field(ge=1, le=100_000)]
 Round = Annotated[int, Field(ge=0, le=100_000)]
 Strength = Annotated[FiniteFloat, Field(ge=0, le=1e6)]
 RULES = {  # fl.method -> what a client or the server does differently; rivals stand outside
-    "fedavg": "mas_core.rules.fedavg:FedAvg",
-    "fedprox": "mas_core.rules.fedprox:FedProx",
-    "gradnorm": "mas_core.rules.gradnorm:GradNorm",
+    "fedavg": "mas_core.fedavg:FedAvg",
+    "fedprox": "mas.rivals.fedprox:FedProx",
+    "gradnorm": "mas.rivals.gradnorm:GradNorm",
     "famo": "mas.rivals.famo:FAMO",
     "cagrad": "mas.rivals.cagrad:CAGrad",
     "pcgrad": "mas.rivals.pcgrad:PCGrad",

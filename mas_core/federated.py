@@ -12,13 +12,11 @@ import numpy as np
 import torch
 
 from .config import FL, UserError, stream
+from .fedavg import rule_of
 from .grouped import can_group, train_clients
 from .local import LocalResult, local_update
 from .models import MultiTaskNet, State
-from .rules.fedavg import rule_of, weighted_mean
 from .tasks import Batch
-
-__all__ = ["weighted_mean"]  # FedAvg's average stands with its rule
 
 
 class TrainingDiverged(RuntimeError):
@@ -118,15 +116,14 @@ def run_round(
         together = can_group(net, fl) and train_clients(net, state, batches, fl, lr, measure, clock)
         for k in clients:
             if together:
-                own, results[k] = together[k]
+                own, result = together[k]
             else:
                 own = load_state(net, state)
-                results[k] = local_update(
-                    net, batches[k], fl, lr, measure, state, capture, clock, k
-                )
-            for step in results[k].step_losses.tolist():
+                result = local_update(net, batches[k], fl, lr, measure, state, capture, clock, k)
+            for step in result.step_losses.tolist():
                 check_finite(step, tasks, f"client {data.names[k]}", round_, lr)
-            yield own | results[k].travelling, p[k]
+            results[k] = result
+            yield own | result.travelling, p[k]
 
     new = rule.average(trained())
     travelling = len(clients) * state_bytes(new) - sum(r.unsent for r in results.values())

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from .affinity import frozen_statistics
 from .config import FL
+from .fedavg import rule_of
 from .local import LocalResult, sgd
 from .models import MultiTaskNet, State, gradient_at_features
-from .rules.fedavg import rule_of
 from .tasks import (
     Batch,
     TaskTable,

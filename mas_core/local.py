@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .affinity import measured_step
 from .config import FL
+from .fedavg import rule_of
 from .models import MultiTaskNet, State, TaskPass
-from .rules.fedavg import rule_of
 from .tasks import Batch
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .config import Settings, UserError
-from .rules.fedavg import rule_of
+from .fedavg import rule_of
 from .split import best_split, hoa_groups, partitions, tag_groups
 from .tasks import sort_tasks
 

@@ -32,10 +32,12 @@ class Size:
 
     def at_width(self, width: float) -> Size:
         """The same with ceil(width x channels) in every layer of the encoder, features included."""
-        stem, blocks = (
-            tuple(math.ceil(width * c) for c in layers) for layers in (self.stem, self.blocks)
-        )
-        return replace(self, stem=stem, blocks=blocks, features=math.ceil(width * self.features))
+
+        def part(*channels: int) -> tuple[int, ...]:
+            return tuple(math.ceil(width * c) for c in channels)
+
+        (features,) = part(self.features)
+        return replace(self, stem=part(*self.stem), blocks=part(*self.blocks), features=features)
 
 
 SIZES = {
@@ -207,10 +209,7 @@ def merge(nets: list[MultiTaskNet]) -> MultiTaskNet:
         )
         if not same:
             raise UserError(f"the encoders of {nets[0].tasks!r} and {net.tasks!r} differ")
-    state = {}
-    for net in nets:
-        state |= net.state_dict()
-    whole.load_state_dict(state)
+    whole.load_state_dict({k: t for net in nets for k, t in net.state_dict().items()})
     return whole
 
 

@@ -220,12 +220,9 @@ def decode_batch(
 
 def task_losses(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
     """Loss of every task on one batch, in the order of `outputs`: (n,) float32, dimensionless."""
-    return torch.stack(
-        [
-            batch.table[a].loss(out.float(), batch.targets[a], batch.mask)
-            for a, out in outputs.items()
-        ]
-    )
+    losses = [batch.table[a].loss(out.float(), batch.targets[a], batch.mask)
+              for a, out in outputs.items()]  # fmt: skip
+    return torch.stack(losses)
 
 
 def task_scores(outputs: dict[str, Tensor], batch: Batch) -> Tensor:

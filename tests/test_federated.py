@@ -14,13 +14,13 @@ from mas_core import federated
 from mas_core.affinity import lookahead_affinity
 from mas_core.config import FL, UserError, override, stream
 from mas_core.data.clients import open_data
+from mas_core.fedavg import weighted_mean
 from mas_core.federated import (
     TrainingDiverged,
     client_batches,
     load_state,
     run_round,
     select_clients,
-    weighted_mean,
 )
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mas.rivals.gradnorm import INITIAL, WEIGHTS, GradNorm
 from mas_core.affinity import lookahead_affinity
 from mas_core.config import FL
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
-from mas_core.rules.gradnorm import INITIAL, WEIGHTS, GradNorm
 from mas_core.tasks import task_losses
 
 PLAIN = FL(batch_size=4, affinity_every=3)

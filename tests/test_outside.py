@@ -16,7 +16,7 @@ MODULE = '''
 import torch
 from mas_core.data.clients import open_data
 from mas_core.models import MultiTaskNet
-from mas_core.rules.fedavg import FedAvg, weighted_mean
+from mas_core.fedavg import FedAvg, weighted_mean
 from mas_core.tasks import Task, TaskTable, cross_entropy, l1
 
 

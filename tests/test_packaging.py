@@ -99,7 +99,7 @@ def test_names_that_readme_and_notebooks_use(tmp_path):
 
 # What stands first is imported by what stands later, never the other way. Folders count whole.
 ORDER = [
-    "config", "tasks", "models", "affinity", "masks", "split", "rules", "local", "grouped",
+    "config", "tasks", "models", "affinity", "masks", "split", "fedavg", "local", "grouped",
     "federated", "methods", "data", "records",  # mas_core; what follows is mas
     "mas.rivals", "mas.run", "mas.frames", "mas.paper", "mas.__main__",
 ]  # fmt: skip

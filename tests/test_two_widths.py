@@ -6,18 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mas.paper.two_widths import two_widths
+from mas.rivals.two_widths import HELD, corner, held, narrowed, overlap_mean
 from mas_core import models
 from mas_core.config import FL, Model, UserError, stream
 from mas_core.data.clients import open_data
+from mas_core.fedavg import rule_of, weighted_mean
 from mas_core.federated import run_round, state_bytes
 from mas_core.local import local_update
 from mas_core.models import SIZES, MultiTaskNet
-from mas_core.paper.two_widths import two_widths
 from mas_core.records.evaluate import evaluate
 from mas_core.records.store import Store
 from mas_core.records.training import train
-from mas_core.rules.fedavg import rule_of, weighted_mean
-from mas_core.rules.two_widths import HELD, corner, held, narrowed, overlap_mean
 
 EVERYBODY = FL(batch_size=4, method="two_widths", options=(("every", 1.0),))
 

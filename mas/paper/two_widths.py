@@ -41,8 +41,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import methods
-from ..records.store import Store
+from mas_core import methods
+from mas_core.records.store import Store
+
 from .experiments import Recipes, study
 
 WIDTH = 0.5  # share of the encoder's channels at a weak client

@@ -8,8 +8,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from mas_core.affinity import encoder_gradients
+from mas_core.fedavg import FedAvg
 from mas_core.models import TaskPass
-from mas_core.rules.fedavg import FedAvg
 
 
 class CAGrad(FedAvg):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mas_core.affinity import frozen_statistics
 from mas_core.config import FL
+from mas_core.fedavg import FedAvg
 from mas_core.models import MultiTaskNet, State, TaskPass, forward_tasks
-from mas_core.rules.fedavg import FedAvg
 from mas_core.tasks import Batch
 
 W = "famo.w"

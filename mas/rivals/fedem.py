@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mas_core.config import FL, Model, stream_seed
+from mas_core.fedavg import FedAvg
 from mas_core.models import MultiTaskNet, State, TaskPass
-from mas_core.rules.fedavg import FedAvg
 from mas_core.tasks import Batch, TaskTable, task_losses
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mas_core.affinity import frozen_statistics
 from mas_core.config import FL, stream
+from mas_core.fedavg import FedAvg
 from mas_core.models import MultiTaskNet, State, TaskPass, forward_tasks, gradient_at_features
-from mas_core.rules.fedavg import FedAvg
 from mas_core.tasks import Batch
 
 B, ROUND = "selective.affinity", "selective.round"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import FL, UserError, stream
-from ..models import MultiTaskNet, State, build
-from .fedavg import FedAvg, weighted_mean
+from mas_core.config import FL, UserError, stream
+from mas_core.fedavg import FedAvg, weighted_mean
+from mas_core.models import MultiTaskNet, State, build
 
 HELD = "two_widths.held."  # + name: 1 for the entries that a client trained, 0 for the others
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

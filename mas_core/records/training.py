@@ -13,10 +13,10 @@ import torch
 from .. import models
 from ..config import UserError, outside
 from ..data.clients import open_clients
+from ..fedavg import rule_of
 from ..federated import Clients, Round, check_finite, load_state, run_round, state_device
 from ..local import sgd
 from ..models import MultiTaskNet, State, restrict_state
-from ..rules.fedavg import rule_of
 from ..tasks import task_losses, task_scores
 from .cost import Stopwatch, device_clock, device_name, peak_memory_bytes
 from .evaluate import constant_losses, evaluate

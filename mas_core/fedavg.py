@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import FL, RULES, outside
-from ..models import MultiTaskNet, State, TaskPass, forward_tasks, gradient_at_features
-from ..tasks import Batch
+from .config import FL, RULES, outside
+from .models import MultiTaskNet, State, TaskPass, forward_tasks, gradient_at_features
+from .tasks import Batch
 
 
 def rule_of(fl: FL) -> type[FedAvg]:

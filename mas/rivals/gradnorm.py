@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..config import FL
-from ..models import MultiTaskNet, State
-from ..tasks import Batch
-from .fedavg import FedAvg
+from mas_core.config import FL
+from mas_core.fedavg import FedAvg
+from mas_core.models import MultiTaskNet, State
+from mas_core.tasks import Batch
 
 WEIGHTS, INITIAL = "balance.weights", "balance.initial_losses"
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..config import FL
-from ..models import MultiTaskNet, State
-from .fedavg import FedAvg
+from mas_core.config import FL
+from mas_core.fedavg import FedAvg
+from mas_core.models import MultiTaskNet, State
 
 
 class FedProx(FedAvg):
