@@ -85,7 +85,7 @@ def test_verdicts_are_counted_where_they_are_told():
         return dict(module._verdicts({"outputs": [output]}))
 
     assert counted(text="a holds\nb holds\nc does not hold\n") == {"holds": 2, "does not hold": 1}
-    by_verdict = "holds:\n  a: 1\n  b: 2\none seed:\n  c: 3\n"
+    by_verdict = "2 holds, 1 one seed\nholds:\n  a: 1\n  b: 2\none seed:\n  c: 3\n"
     assert counted(text=by_verdict) == {"holds": 2, "one seed": 1}
     assert counted(data={"text/html": TABLE}) == {"holds": 1}  # the column "verdict" alone
 

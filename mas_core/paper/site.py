@@ -128,10 +128,9 @@ def _verdicts(cell: Any) -> Counter[str]:
         if column:
             text = "\n".join(re.findall(rf'class="data row\d+ {column[1]}"[^>]*>([^<]*)', text))
         # As notebooks print claims: by verdict, a line each.
-        for head, rows in re.findall(rf"^({SAID}):\n((?:  .*\n?)+)", text, flags=re.M):
-            found[head] += rows.count("\n  ") + 1
-            text = text.replace(f"{head}:\n{rows}", "")
-        found += Counter(re.findall(SAID, text))
+        listed = re.findall(rf"^({SAID}):\n((?:  .*\n?)+)", text, flags=re.M)
+        found += Counter({verdict: rows.count("\n  ") + 1 for verdict, rows in listed}
+                         if listed else re.findall(SAID, text))  # fmt: skip
     return found
 
 
