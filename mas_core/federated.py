@@ -101,8 +101,7 @@ def run_round(
     `fl.arithmetic="grouped"` clients are trained side by side where that can be (`can_group`).
     """
     fl, tasks = training.fl, net.tasks
-    rule = rule_of(fl)
-    clients = select_clients(training, len(data.names), round_)
+    rule, clients = rule_of(fl), select_clients(training, len(data.names), round_)
     sizes = {k: data.count(k, "train") for k in clients}
     longest = sorted(clients, key=sizes.get, reverse=True)
     p = {k: sizes[k] / sum(sizes.values()) for k in clients}

@@ -36,8 +36,8 @@ class Size:
         def part(*channels: int) -> tuple[int, ...]:
             return tuple(math.ceil(width * c) for c in channels)
 
-        (features,) = part(self.features)
-        return replace(self, stem=part(*self.stem), blocks=part(*self.blocks), features=features)
+        return replace(self, stem=part(*self.stem), blocks=part(*self.blocks),
+                       features=part(self.features)[0])  # fmt: skip
 
 
 SIZES = {

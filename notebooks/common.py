@@ -5,13 +5,16 @@ Losses are test losses of the model with the least validation loss, summed over 
 core time on a CPU. `mean ± std` is over seeds (one seed: no spread).
 """
 
+import zlib
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython.display import display
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
+from pandas.io.formats.style import Styler
 
 import mas
 from mas import experiments, verdicts
@@ -191,6 +194,38 @@ def say(table):
     for verdict in verdicts.VERDICTS:
         for i, (claim, _, measured, printed) in enumerate(table[table.verdict == verdict].values):
             print(f"{verdict}:\n" * (i == 0) + f"  {claim}: {measured or '-'}; paper {printed}")
+
+
+def show(table, digits=2, best=None, within=(), index=False):
+    """Display a table of numbers: rounded, the best of a column bold, verdicts in their colours.
+
+    digits  decimals of float columns; {column: decimals} where they differ from 2
+    best    {column: "min" or "max"}, which of its numbers is best
+    within  columns: the best is sought among the rows that agree in them
+    Where no HTML is shown (a terminal, a test) the table is plain text.
+    """
+    if not len(table):
+        return print("nothing on record")
+    floats = table.select_dtypes("float").columns
+    digits = {c: digits.get(c, 2) if isinstance(digits, dict) else digits for c in floats}
+    table = table.round(digits)
+    text = table.to_string(index=index, na_rep="-", formatters={
+        c: lambda v, d=d: "-" if np.isnan(v) else f"{v:.{d}f}" for c, d in digits.items()})
+    style = Styler(table, uuid=f"{zlib.crc32(text.encode()):08x}", cell_ids=False)
+    style.format({c: f"{{:.{d}f}}" for c, d in digits.items()}, na_rep="-")
+    for column in table.select_dtypes(exclude="number"):
+        wide = "; min-width: 20em" if table[column].astype(str).str.len().max() > 40 else ""
+        props = [{"selector": "", "props": f"text-align: left{wide}"}]
+        style.set_table_styles({column: props}, overwrite=False)
+        if set(table[column]) <= set(VERDICT_TEXT):
+            style.map(lambda v: f"color: {VERDICT_TEXT[v]}; font-weight: bold", subset=[column])
+    for column, kind in (best or {}).items():
+        groups = table.groupby(list(within), sort=False)[column] if within else table[column]
+        least = groups.transform(kind) if within else getattr(groups, kind)()
+        bold = np.where(table[column] == least, "font-weight: bold", "")
+        style.apply(lambda _, bold=bold: bold, subset=[column])
+    html = (style if index else style.hide(axis="index")).to_html()
+    display({"text/html": html, "text/plain": text}, raw=True)
 
 
 def draw_claims(table, noise):

@@ -94,3 +94,22 @@ def test_changes_of_the_papers_numbers():
     assert value["MAS-2", "delta_m_percent"] == pytest.approx(sum(each) / 5, abs=0.006)
     assert value["MAS-2", "time_ratio"] == round(8.8 / 16.9, 2)
     assert value["one-by-one", "delta_m_percent"] == 0
+
+
+def test_a_table_is_shown_with_numbers_verdicts_and_what_is_best(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(common, "display", lambda bundle, raw: shown.append(bundle))
+    table = pd.DataFrame({"set": ["a", "a", "b"], "loss": [1.2345, 1.2344, None], "n": [1, 2, 3],
+                          "verdict": [verdicts.HOLDS, verdicts.OPEN, verdicts.HOLDS]})  # fmt: skip
+    common.show(table, {"loss": 3}, best={"loss": "min"}, within=["set"])
+    common.show(table, {"loss": 4}, best={"loss": "min"}, within=["set"])
+    lines = shown[0]["text/plain"].splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["set", "loss", "n"], ["a", "1.234", "1"], ["a", "1.234", "2"], ["b", "-", "3"],
+    ]  # fmt: skip
+    html = [bundle["text/html"] for bundle in shown]
+    bold = [part.partition("}")[0].count("row") for part in html[1].split("font-weight: bold")]
+    assert "1.234</td>" in html[0] and ">-</td>" in html[0] and ">holds</td>" in html[0]
+    assert common.VERDICT_TEXT[verdicts.HOLDS] in html[0] and len(bold) == 4  # best, two verdicts
+    common.show(table[:0])
+    assert capsys.readouterr().out == "nothing on record\n" and len(shown) == 2
