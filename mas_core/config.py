@@ -70,6 +70,10 @@ RULES = {  # fl.method -> what a client or the server does differently
     "pcgrad": "mas_core.rules.pcgrad:PCGrad",
     "selective": "mas_core.rules.selective:Selective",
     "fedem": "mas_core.rules.fedem:FedEM",  # with model.size="mas_core.rules.fedem:small"
+    "few_labels": "mas_core.rules.few_labels:FewLabels",
+    "update_selection": "mas_core.rules.update_selection:UpdateSelection",
+    "matfl": "mas_core.rules.matfl:MaTFL",  # with model.size="mas_core.rules.kinds:small_1"
+    "fedhca2": "mas_core.rules.fedhca2:FedHCA2",  # likewise
 }
 MEASURES = ("lookahead", "first_order", "representation", "cosine")  # see affinity.py
 
