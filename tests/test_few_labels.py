@@ -77,7 +77,7 @@ def test_with_every_label_it_is_all_in_one(trajectory, opened, settings):
     mine, told = after_two_rounds("few_labels")
     assert told.losses == pytest.approx(round_.losses, rel=1e-6)
     assert told.reported["share_d"] == pytest.approx(1)
-    assert np.isnan(told.reported["cos_d_k"])  # one set of labels does not tell two tasks apart
+    assert np.isnan(told.reported["cos_d_k"])  # all clients hold both
     for name, tensor in usual.items():
         torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-7)
 
@@ -111,18 +111,22 @@ def test_cosines_of_single_tasks_are_those_of_their_clients_weighted_means():
     held = torch.tensor([[1, 0, 0], [1, 0, 0], [0, 1, 0]])
     cos = update_cosines(updates, held, torch.tensor([0.25, 0.25, 0.5]))
     assert cos[0, 1] == cos[1, 0] == pytest.approx(np.sqrt(0.5))
-    assert cos[0, 0] == pytest.approx(1) and cos[2].isnan().all() and cos[:, 2].isnan().all()
+    assert cos[2].isnan().all() and cos[:, 2].isnan().all()
 
 
-def test_cosines_of_clients_with_two_tasks_tell_the_tasks_apart():
-    """On a ring of five pairs, sums of two tasks' updates give every task's own back."""
-    u = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 9)))
-    held = torch.tensor([[float(j in (i, (i + 1) % 5)) for j in range(5)] for i in range(5)])
-    p = torch.tensor([0.1, 0.3, 0.2, 0.2, 0.2])
-    unit = u / u.norm(dim=1, keepdim=True)
-    cos = update_cosines(held.double() @ u, held, p)
-    torch.testing.assert_close(cos, unit @ unit.T)
-    assert update_cosines(held[:4].double() @ u, held[:4], p[:4]).isnan().all()  # not determined
+def test_clients_that_share_a_task_are_not_compared():
+    """Tasks 0 and 1 by {0, 2}: (1, 0), {1, 3}: (3, 4), {0, 1}: (0, 9).
+
+    Only the first two have nothing in common: <D, D'> = 3. The mean updates (p all alike) are
+    u_0 = (1/2, 9/2), u_1 = (3/2, 13/2).
+    """
+    updates = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 9.0]], dtype=torch.float64)
+    held = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])
+    cos = update_cosines(updates, held, torch.tensor([0.25, 0.25, 0.25]))
+    norms = np.hypot(0.5, 4.5) * np.hypot(1.5, 6.5)
+    assert cos[0, 1].item() == pytest.approx(3 / norms)
+    assert cos[0, 2].isnan()  # who holds 2 holds 0
+    assert cos[2, 3].item() == pytest.approx(3 / 5)
 
 
 # --- Who holds what -------------------------------------------------------------------------------
@@ -316,6 +320,9 @@ def test_the_recipes_share_the_records_of_full_labels(tmp_path):
     rest = {"MAS-2 full", "MaT-FL", "FedHCA2"}
     keys = {f"{n} m=5" for n in names} | {f"{n} m={m}" for n in names | rest for m in (1, 2)}
     assert {key[0] for key in recipes} == keys
+    assert {k[0] for k in experiment.few_labels(store, 0, {}, (1,))} == {
+        f"{n} m=1" for n in names | rest
+    }
     s = Study("sdnkt", settings("small"), 0, store)
     needed = {n.trajectory for n in collect(recipes, store)[1]}
     full = {t for t in needed if t.data.source == "rooms" and t.fl.clients is None}

@@ -125,27 +125,24 @@ def flat(state: State, prefix: str = "encoder.") -> Tensor:
 
 
 def update_cosines(updates: Tensor, held: Tensor, p: Tensor) -> Tensor:
-    """(n, n): the cosine of the angle between the encoder updates of any two tasks.
+    """(n, n), off the diagonal: how alike the encoder updates of two tasks' clients are.
 
     updates  (K, parameters), of the clients
     held     (K, n), 1 where the client holds the task
     p        (K,), the clients' weights
 
-    In place of Eq. 3, which needs two losses at one client. The tasks' updates u_i minimise
-    sum_k p_k |update_k - sum_i held_ki u_i|^2. Where every client holds one task, u_i is the
-    weighted mean over those that hold i. Where they hold several, such means would make tasks
-    that share clients alike whatever the tasks are. NaN for a task that nobody holds, and for all
-    where the clients' sets do not determine every task's update.
+    In place of Eq. 3, which needs two losses at one client. cos_ij is the mean of <D_k, D_l> over
+    clients k that hold i and l that hold j, weighted by p_k p_l, over |u_i| |u_j|, u_i the weighted
+    mean update of those that hold i. Pairs of clients that hold a task in common are left out:
+    they are alike whatever i and j are. Where every client holds one task, this is the cosine of
+    the angle between u_i and u_j. NaN where there is no pair.
     """
     held, p = held.to(updates), p.to(updates)
-    known = held.any(0).nonzero()[:, 0]
-    A = held[:, known]
-    normal = A.T @ (p[:, None] * A)
-    cos = updates.new_full((held.shape[1],) * 2, torch.nan)
-    if torch.linalg.matrix_rank(normal) == len(known):
-        u = torch.linalg.solve(normal, A.T * p) @ updates
-        cos[known[:, None], known] = cosines_of(u)
-    return cos
+    disjoint = (held @ held.T == 0).to(updates)
+    weight = (p[:, None] * held) / (p @ held)  # (K, n), columns sum to 1
+    inner = weight.T @ (disjoint * (updates @ updates.T)) @ weight
+    norms = (weight.T @ updates).norm(dim=1)
+    return inner / (weight.T @ disjoint @ weight) / (norms[:, None] * norms)
 
 
 def cosines_of(vectors: Tensor) -> Tensor:
