@@ -22,6 +22,8 @@ from mas_core.tasks import TASK_SETS
 
 from ..run.engine import collect
 from ..run.workers import Compute, train_recipes
+from .few_labels import few_labels
+from .two_widths import two_widths
 
 Key = tuple[str, str, int]
 Recipes = dict[Key, Recipe]
@@ -421,6 +423,8 @@ NOTEBOOKS: dict[str, tuple[Experiment, ...]] = {
     "rivals": (rivals, every_split, table_1),
     "affinity_measures": (affinity_measures,),
     "open_questions": (when_to_split, heterogeneity, proxies),
+    "few_labels": (few_labels,),
+    "two_widths": (two_widths,),
     "digits": (),
     "your_own_tasks": (),
     "published_taskonomy": (published_taskonomy, figure_7),

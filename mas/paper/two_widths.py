@@ -42,17 +42,20 @@ from __future__ import annotations
 from typing import Any
 
 from mas_core import methods
+from mas_core.config import settings
 from mas_core.records.store import Store
+from mas_core.records.study import Study
 
-from .experiments import Recipes, study
-
+TASKS = "sdnkt"
 WIDTH = 0.5  # share of the encoder's channels at a weak client
 EVERY = 2  # of so many clients the last is weak
 
 
-def two_widths(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
+def two_widths(
+    store: Store, seed: int, overrides: dict[str, Any]
+) -> dict[tuple[str, str, int], methods.Recipe]:
     """One-by-one, all-in-one, MAS-1 and MAS-2 on sdnkt, for each of the four kinds of clients."""
-    usual = study(store, "sdnkt", seed, overrides).settings
+    usual = settings(store.preset, TASKS, overrides)
     wide = tuple(k for k in range(usual.data.buildings) if k % EVERY != EVERY - 1)
     # No figure shows affinities of rounds that no split reads.
     short = {"fl.method": "two_widths", "fl.measure_rounds": usual.mas.affinity_rounds}
@@ -63,9 +66,9 @@ def two_widths(store: Store, seed: int, overrides: dict[str, Any]) -> Recipes:
         "wide clients only": same | {"fl.clients": wide},
         "all narrow": same | {"model.width": WIDTH},
     }
-    recipes: Recipes = {}
+    recipes = {}
     for kind, changes in kinds.items():
-        s = study(store, "sdnkt", seed, overrides | changes)
+        s = Study(TASKS, settings(store.preset, TASKS, overrides | changes), seed, store)
         made = {
             "one-by-one": methods.one_by_one(s),
             "all-in-one": methods.all_in_one(s),
