@@ -23,7 +23,8 @@ MaT-FL and FedHCA2 keep a network for each kind of client (`Kinds`): a task's lo
 kind that has it first. They and the selection of updates continue their schedule, so all-in-one is
 their control. MAS restarts it: MAS-1 is the control of the split, one-by-one restarted that of MAS.
 
-Written down before anything was trained; what is compared at m = 2 was chosen after the trial.
+Written down before the experiment was trained. One seed of the smoke preset had checked the code,
+and what is compared at m = 2 was chosen after the trial; the hypotheses did not change.
 
 Hypotheses
     1  Merging pays less with fewer labels: the gain of all-in-one over one-by-one is smaller at
