@@ -142,8 +142,8 @@ def beside(runs, printed, columns, spread=()):
             table[title, "±"] = ours[column].std()
         if metric:
             table[title, "paper"] = theirs["mean", metric]
-        if metric and title in spread:
-            table[title, "± "] = theirs["std", metric]
+        if metric and title in spread and theirs["std", metric].notna().any():
+            table[title, "paper ±"] = theirs["std", metric]
     return pd.DataFrame(table, index=pd.Index(methods, name="method")).astype(float)
 
 
@@ -263,17 +263,19 @@ def show(table, digits=2, best=None, within=(), index=False):
     table = table.round(digits)
     text = table.to_string(index=index, na_rep="-", formatters={
         c: lambda v, d=d: "-" if np.isnan(v) else f"{v:.{d}f}" for c, d in digits.items()})
-    texts = {c: [{"selector": "", "props": "text-align: left"}]
-             for c in table.select_dtypes(exclude="number")}
-    verdict = {v: f"color: {c}; font-weight: bold" for v, c in VERDICT_TEXT.items()}
-    style = Styler(
-        table, uuid=f"{zlib.crc32(text.encode()):08x}", cell_ids=False).set_table_styles(texts)
+    style = Styler(table, uuid=f"{zlib.crc32(text.encode()):08x}", cell_ids=False)
     style.format({c: f"{{:.{d}f}}" for c, d in digits.items()}, na_rep="-")
-    style.map(lambda value: verdict.get(value, "") if isinstance(value, str) else "")
+    for column in table.select_dtypes(exclude="number"):
+        wide = "; min-width: 20em" if table[column].astype(str).str.len().max() > 40 else ""
+        props = [{"selector": "", "props": f"text-align: left{wide}"}]
+        style.set_table_styles({column: props}, overwrite=False)
+        if set(table[column]) <= set(VERDICT_TEXT):
+            style.map(lambda v: f"color: {VERDICT_TEXT[v]}; font-weight: bold", subset=[column])
     for column, kind in (best or {}).items():
         groups = table.groupby(list(within), sort=False)[column] if within else table[column]
         least = groups.transform(kind) if within else getattr(groups, kind)()
-        style.apply(lambda c, least=least: np.where(c == least, "font-weight: bold", ""), subset=[column])
+        bold = np.where(table[column] == least, "font-weight: bold", "")
+        style.apply(lambda _, bold=bold: bold, subset=[column])
     html = (style if index else style.hide(axis="index")).to_html()
     display({"text/html": html, "text/plain": text}, raw=True)
 
@@ -364,6 +366,8 @@ def draw_points(ax, points, title):
             ax.plot(time, loss, "o", color=colour(family), mfc=None if seeds > 1 else "white")
     ax.set(title=title, xlabel="training time / one-by-one's (log scale)", ylabel="total test loss",
            xscale="log")
+    if points.empty:
+        missing(ax)
     ax.margins(0.2)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
@@ -532,14 +536,18 @@ def draw_validation(top, bottom, curves):
         label_ends(bottom, [(relative.index[-1], y, a, TASK_COLOURS[a]) for a, y in relative.iloc[-1].items()])
 
 
+def missing(ax, text="not on record"):
+    """Say in a panel's upper right what is not on record."""
+    ax.text(0.97, 0.95, text, transform=ax.transAxes, ha="right", va="top", color="0.4")
+
+
 def value_axis(ax, values, label, lacking=(), symbol=""):
     """A logarithmic x axis whose ticks are the values of a setting; says which are not on record."""
     ax.set(xscale="log", xlabel=label, xlim=(values[0] / 1.25, values[-1] * 1.25))
     ax.set_xticks(values, [f"{value:g}" for value in values])
     ax.minorticks_off()
     if len(lacking):
-        text = f"{symbol} = {', '.join(f'{value:g}' for value in lacking)}\nnot on record"
-        ax.text(0.97, 0.95, text, transform=ax.transAxes, ha="right", va="top", color="0.4")
+        missing(ax, f"{symbol} = {', '.join(f'{value:g}' for value in lacking)}\nnot on record")
 
 
 def place(preset):
