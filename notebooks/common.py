@@ -536,9 +536,9 @@ def draw_validation(top, bottom, curves):
         label_ends(bottom, [(relative.index[-1], y, a, TASK_COLOURS[a]) for a, y in relative.iloc[-1].items()])
 
 
-def missing(ax, text="not on record"):
-    """Say in a panel's upper right what is not on record."""
-    ax.text(0.97, 0.95, text, transform=ax.transAxes, ha="right", va="top", color="0.4")
+def missing(ax, text="not on record", y=0.95):
+    """Say at the right of a panel what is not on record; y is a share of its height."""
+    ax.text(0.97, y, text, transform=ax.transAxes, ha="right", va="top", color="0.4")
 
 
 def value_axis(ax, values, label, lacking=(), symbol=""):
