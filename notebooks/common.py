@@ -15,11 +15,13 @@ from IPython.display import display
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 from pandas.io.formats.style import Styler
+from scipy import stats
+from scipy.optimize import isotonic_regression
 
 import mas
-from mas import experiments, verdicts
-from mas.paper import tables
+from mas import cost, experiments, verdicts
 from mas.frames import seeds_on_record
+from mas.paper import tables
 
 FAMILIES = ("one-by-one", "all-in-one", "fedprox", "gradnorm", "HOA", "TAG", "MAS", "standalone")
 PRINTED_AS = {"One-by-one": "one-by-one", "FedAvg": "all-in-one", "All-in-one": "all-in-one",
@@ -36,6 +38,12 @@ pd.set_option("display.width", 180, "display.max_columns", 40, "display.max_colw
 def colour(method):
     """The colour of a method in every figure: that of its family in mas.mplstyle."""
     return next(f"C{i}" for i, name in enumerate(FAMILIES) if method.startswith(name))
+
+
+def ordered(methods):
+    """Methods from MAS to one-by-one, a family's in their order."""
+    methods = sorted(set(methods))
+    return [m for family in reversed(FAMILIES) for m in methods if m.startswith(family)]
 
 
 def paper(name):
@@ -119,21 +127,69 @@ def mean_std(values, digits=3):
     return f"{values.mean():.{digits}f}{spread}" if len(values) else "-"
 
 
-def beside(runs, printed, columns):
-    """Ours beside the paper's; columns: title -> (our column, the paper's metric, digits).
+def beside(runs, printed, columns, spread=()):
+    """Means over seeds beside the paper's numbers; columns: title -> (our column, the paper's metric).
 
-    No column of ours: to be filled in.
+    No metric: ours alone; no column of ours: to be filled in. Titles in `spread` have the standard
+    deviation over seeds ("±") beside each mean.
     """
     methods = list(dict.fromkeys([*printed.method, *runs.method]))
-    cells = printed[["method", "metric", "mean", "std"]].values
-    theirs = {(m, k): f"{mean} ± {std}" if std else mean for m, k, mean, std in cells}
-    table = {}
-    for title, (ours, metric, digits) in columns.items():
-        table[title, "ours"] = [mean_std(runs.loc[runs.method == m, ours], digits) if ours else "-"
-                                for m in methods]
+    theirs = printed.replace("", np.nan).pivot(index="method", columns="metric", values=["mean", "std"])
+    theirs, ours, table = theirs.astype(float), runs.groupby("method"), {}
+    for title, (column, metric) in columns.items():
+        table[title, "ours"] = ours[column].mean() if column else np.nan
+        if title in spread:
+            table[title, "±"] = ours[column].std()
         if metric:
-            table[title, "paper"] = [theirs.get((m, metric), "-") for m in methods]
-    return pd.DataFrame(table, index=pd.Index(methods, name="method"))
+            table[title, "paper"] = theirs["mean", metric]
+        if metric and title in spread and theirs["std", metric].notna().any():
+            table[title, "paper ±"] = theirs["std", metric]
+    return pd.DataFrame(table, index=pd.Index(methods, name="method")).astype(float)
+
+
+def losses(runs, printed, tasks):
+    """Total loss, that of the last round's model, and each task's, ours beside the paper's."""
+    columns = {"total": ("total", "total"), "last round": ("total_last", None)}
+    return beside(runs, printed, columns | {a: (a, a) for a in tasks}, spread=["total"])
+
+
+def changes(runs, printed, tasks):
+    """Per cent of loss saved against one-by-one: mean over tasks (delta-m), and each task's.
+
+    printed: a table of the paper that went through `with_changes`.
+    """
+    columns = {"delta-m": ("delta_m_percent",) * 2, "last round": ("delta_m_last_percent", None)}
+    columns |= {f"{a} (%)": (f"delta_{a}_percent",) * 2 for a in tasks}
+    return beside(runs, printed, columns, spread=["delta-m"])
+
+
+def best(table, kind):
+    """For `show`: "min" or "max" is best in every column of `beside` that holds no spread."""
+    return {column: kind for column in table if "±" not in column[1]}
+
+
+def costs(runs, printed, tasks, ratios):
+    """What methods cost, ours beside the paper's, as numbers for `show`.
+
+    Time over one-by-one's is the median of repeats timed in one run, with the least and greatest.
+    """
+    grams = runs.wh_estimated / 1000 * cost.GRAMS_CO2_PER_KWH
+    table = beside(runs.assign(grams=grams), printed, {
+        "time / one-by-one, one run": (None, "time_ratio"),
+        "time (ours min, paper GPU h)": ("minutes", "time_gpu_hours"),
+        "of it search": ("search_minutes", None),
+        "energy (ours Wh, paper kWh)": ("wh", "energy_kwh"),
+        "estimated Wh": ("wh_estimated", None),
+        "CO2eq (ours estimated, g)": ("grams", "co2eq_g"),
+        "sent (MB)": ("mb", None), "sent / one-by-one": ("bytes_ratio", None),
+    })
+    timed = pd.DataFrame({m: pd.Series(ratios.get((tasks, m), [np.nan])) for m in table.index}).agg(
+        ["median", "min", "max"]).T
+    title = "time / one-by-one, one run"
+    table[title, "ours"] = timed["median"]
+    table.insert(1, (title, "least"), timed["min"])
+    table.insert(2, (title, "greatest"), timed["max"])
+    return table
 
 
 def series(runs, method, tasks, column="total"):
@@ -144,12 +200,6 @@ def series(runs, method, tasks, column="total"):
 def timed(preset, results, overrides={}):
     """Training times over one-by-one's, timed in one run; none but for the small preset as it is."""
     return tables.time_ratios(results) if preset == "small" and not overrides else {}
-
-
-def repeats(ratios, tasks, methods):
-    """Text for each method: median (least to greatest) of its times in one run, or a dash."""
-    found = [pd.Series(ratios.get((tasks, m), [])) for m in methods]
-    return [f"{r.median():.2f} ({r.min():.2f} to {r.max():.2f})" if len(r) else "-" for r in found]
 
 
 def times_faster(runs, better, worse, tasks, least, preset, results, overrides={}):
@@ -172,7 +222,7 @@ def measured(found):
 
 
 def judged(rows):
-    """Claims as a table, a verdict each, none corrected for the number of rows.
+    """Claims as a table of numbers for `show`, by verdict, none corrected for the number of rows.
 
     rows: (claim, the paper's number, Finding), or (claim, the paper's number, least effect at which
     it holds, effect by seed) and for a loss in per cent the same by the last round's model.
@@ -180,13 +230,15 @@ def judged(rows):
     table = []
     for claim, printed, *rest in rows:
         least, effect, last = (*rest, None, None)[:3]
-        found, note = rest[0], ""
+        found = rest[0]
         if not isinstance(found, verdicts.Finding):
             found = verdicts.paired(effect, least, None if last is None else verdicts.MARGIN)
-            if last is not None and len(pd.Series(last).dropna()):
-                note = f"; last round's model {pd.Series(last).mean():.2f}"
-        table.append((claim, found.verdict, measured(found) + note, str(printed)))
-    return pd.DataFrame(table, columns=["claim", "verdict", "measured", "paper"])
+        last = np.nan if last is None else pd.Series(last, dtype=float).mean()
+        table.append((claim, found.verdict, found.effect, found.low, found.high, found.seeds, last,
+                      str(printed), found.basis))
+    table = pd.DataFrame(table, columns=["claim", "verdict", "effect", "low", "high", "seeds",
+                                         "last round's", "paper", "interval from"])
+    return table.sort_values("verdict", key=lambda v: v.map(verdicts.VERDICTS.index), kind="stable")
 
 
 def say(table):
@@ -293,7 +345,8 @@ def our_points(runs, tasks, ratios={}):
 
 def paper_points(printed):
     """The same of a table of the paper: three runs, mean and standard deviation."""
-    wide = printed.pivot(index="method", columns="metric", values=["mean", "std"]).astype(float)
+    wide = printed.replace("", np.nan).pivot(index="method", columns="metric", values=["mean", "std"])
+    wide = wide.astype(float)
     time, std = wide["mean"].time_gpu_hours, wide["std"].time_gpu_hours
     base = time["one-by-one"]
     return pd.DataFrame({"time": time / base, "loss": wide["mean"].total, "loss_std": wide["std"].total,
@@ -313,6 +366,8 @@ def draw_points(ax, points, title):
             ax.plot(time, loss, "o", color=colour(family), mfc=None if seeds > 1 else "white")
     ax.set(title=title, xlabel="training time / one-by-one's (log scale)", ylabel="total test loss",
            xscale="log")
+    if points.empty:
+        missing(ax)
     ax.margins(0.2)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
@@ -336,18 +391,21 @@ def draw_effects(ax, found, printed, xlabel):
         if method in printed:
             ax.plot(printed[method], y, "D", ms=5, color="0.6", mfc="none", zorder=1)
     ax.axvline(0, color="0.2", lw=0.8)
-    ax.set(yticks=range(len(found)), yticklabels=list(found), xlabel=xlabel)
+    ax.set(yticks=range(len(found)), yticklabels=list(found), xlabel=f"{xlabel}; ◇ the paper")
     ax.set_xscale("symlog", linthresh=5)  # the paper's effects are up to ten times as large
-    ax.set_xticks([-40, -20, -10, -5, -2.5, 0, 2.5, 5, 10], minor=False)
+    low, high = ax.get_xlim()
+    ax.set_xticks([x for x in (-40, -20, -10, -5, -2.5, 0, 2.5, 5, 10) if low <= x <= high])
     ax.xaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.invert_yaxis()
 
 
 def draw_effect(ax, y, points, finding, colour):
-    """One row: an effect's seeds as dots and, from two seeds on, its mean with the interval."""
+    """One row: an effect's seeds as dots and its mean with the interval; one seed: a hollow dot."""
     ax.plot(points, np.full(len(points), y), ".", color=colour, alpha=0.35)
-    if finding.seeds > 1:
+    if finding.seeds == 1:
+        ax.plot(finding.effect, y, "o", color=colour, mfc="white")
+    elif finding.seeds > 1:
         reach = [[finding.effect - finding.low], [finding.high - finding.effect]]
         ax.errorbar(finding.effect, y, xerr=reach, fmt="o", color=colour, capsize=3)
 
@@ -365,7 +423,8 @@ def label_points(ax, points, sides=(1, -1, 0), bars=()):
     for x, y, dx, dy in bars:
         (left, low), (right, high) = ax.transData.transform([(x - dx, y - dy), (x + dx, y + dy)])
         px, py = ax.transData.transform((x, y))
-        taken += [(left, right, py - 4 * size, py + 4 * size), (px - 4 * size, px + 4 * size, low, high)]
+        taken += [(left, right, py - 4 * size, py + 4 * size),
+                  (px - 4 * size, px + 4 * size, low - 2 * size, high + 2 * size)]
     frame = ax.get_window_extent().extents[[0, 2, 1, 3]]
     for i, ((x, y, name, c), (px, py)) in enumerate(zip(points, where)):
         w, h, best = 6.2 * size * len(name), 11 * size, None
@@ -391,13 +450,110 @@ def label_points(ax, points, sides=(1, -1, 0), bars=()):
 def label_ends(ax, ends, apart=0.055):
     """Write names right of curves' ends, at least `apart` of the axes' height from one another.
 
-    ends: (x, y, name, colour), once the axes' limits stand.
+    ends: (x, y, name, colour), once the axes' limits stand. Names are moved as little as possible:
+    least squares in their order.
     """
-    (low, high), place = ax.get_ylim(), -1
-    for x, y, name, c in sorted(ends, key=lambda end: end[1]):
-        place = max((y - low) / (high - low), place + apart)
+    (low, high), ends = ax.get_ylim(), sorted(ends, key=lambda end: end[1])
+    steps = apart * np.arange(len(ends))
+    at = np.array([(y - low) / (high - low) for _, y, *_ in ends])
+    for (x, y, name, c), place in zip(ends, isotonic_regression(at - steps).x + steps if ends else ()):
         ax.annotate(name, (x, y), (1.03, place), textcoords="axes fraction", va="center", color=c,
                     fontsize=9, arrowprops={"arrowstyle": "-", "color": c, "lw": 0.6})
+
+
+def label_curves(ax, curves, colours):
+    """Write each name on its own curve, where other curves and the names before it are farthest.
+
+    curves: a column each, x as index, once the axes' limits stand.
+    """
+    height, width = np.ptp(ax.get_ylim()), np.ptp(ax.get_xlim())
+    placed = []
+    for name, y in curves.items():
+        gap = curves.drop(columns=name).sub(y, axis=0).abs().min(axis=1) / height
+        score = gap.clip(upper=0.08)
+        for x0, y0 in placed:
+            apart = np.maximum(np.abs(y.index - x0) / width, (y - y0).abs() / height)
+            score = np.minimum(score, apart)
+        x = score.iloc[len(y) // 30 : len(y) - len(y) // 30].idxmax()
+        placed.append((x, y[x]))
+        ax.text(x, y[x], name, color=colours[name], ha="center", va="center", fontweight="bold",
+                fontsize=10, path_effects=HALO)
+
+
+def draw_curve(ax, curves, style, colour, label):
+    """The mean of curves (a row a seed) with a band of noise; hollow points: one seed.
+
+    Several seeds: the 95 % interval after each seed's own level is taken away (Cousineau, 2005). One
+    seed of five places or more: its parabola, plus and minus twice the scatter about it.
+    """
+    n, places = curves.shape
+    if not n:
+        return
+    x, mean = curves.columns.to_numpy(float), curves.mean()
+    ax.plot(x, mean, style, color=colour, mfc=None if n > 1 else "white", label=label)
+    middle, reach = mean, None
+    if n > 1:
+        own = curves.sub(curves.mean(axis=1), axis=0)
+        reach = stats.t.ppf(0.975, n - 1) * own.std() / np.sqrt(n)
+    elif places >= 5:
+        middle = np.polyval(np.polyfit(x, mean, 2), x)
+        reach = 2 * np.sqrt(((mean - middle) ** 2).sum() / (places - 3))
+    if reach is not None:
+        ax.fill_between(x, middle - reach, middle + reach, color=colour, alpha=0.15, lw=0)
+
+
+def draw_place(ax, found, colour):
+    """A finding of a place on the x axis (`verdicts.vertex`): a triangle with its interval."""
+    if np.isnan(found.effect):
+        return
+    y = ax.get_xaxis_transform()
+    if not np.isnan(found.low):
+        ax.plot([found.low, found.high], [0.03, 0.03], color=colour, transform=y)
+    ax.plot(found.effect, 0.03, "^", color=colour, mfc=None if found.seeds > 1 else "white", transform=y,
+            label="vertex of a parabola")
+
+
+def counts(texts):
+    """Text: the distinct texts, the most frequent first, with how often each: "sdn,kt (3)"."""
+    return "  ".join(f"{text} ({n})" for text, n in pd.Series(texts).value_counts().items())
+
+
+def draw_validation(top, bottom, curves):
+    """Validation losses over rounds: above the sum, a thin line a seed and their mean, a dot where a
+    seed's is least; below each task's mean over its first.
+
+    curves: a table a seed, rounds as index, a column a task.
+    """
+    for total in [curve.sum(axis=1) for curve in curves]:
+        top.plot(total, color="C1", lw=0.8, alpha=0.5)
+        top.plot(total.idxmin(), total.min(), "o", ms=5, mfc="white", color="C1")
+    if curves:
+        mean = sum(curves) / len(curves)
+        relative = mean / mean.iloc[0]
+        top.plot(mean.sum(axis=1), color="C1", lw=2.2)
+        for a in relative:
+            bottom.plot(relative[a], color=TASK_COLOURS[a], lw=1.4)
+        label_ends(bottom, [(relative.index[-1], y, a, TASK_COLOURS[a]) for a, y in relative.iloc[-1].items()])
+
+
+def missing(ax, text="not on record", y=0.95):
+    """Say at the right of a panel what is not on record; y is a share of its height."""
+    ax.text(0.97, y, text, transform=ax.transAxes, ha="right", va="top", color="0.4")
+
+
+def value_axis(ax, values, label, lacking=(), symbol=""):
+    """A logarithmic x axis whose ticks are the values of a setting; says which are not on record."""
+    ax.set(xscale="log", xlabel=label, xlim=(values[0] / 1.25, values[-1] * 1.25))
+    ax.set_xticks(values, [f"{value:g}" for value in values])
+    ax.minorticks_off()
+    if len(lacking):
+        missing(ax, f"{symbol} = {', '.join(f'{value:g}' for value in lacking)}\nnot on record")
+
+
+def place(preset):
+    """Where numbers come from, for a title: "procedural rooms (small)"."""
+    rooms = mas.settings(preset, "sdnkt").data.source == "rooms"
+    return f"{'procedural rooms' if rooms else 'Taskonomy'} ({preset})"
 
 
 def save(figure, name, preset, figures):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from math import nan
 from pathlib import Path
 
 import pandas as pd
@@ -43,24 +44,31 @@ def test_rows_are_judged_by_the_verdicts():
         ("a share", "", 0, near), ("one seed", "", 0, better[:1], last[:1]),
         ("a finding", 7, verdicts.timed([2.0, 2.1, 1.9], 1.75)), ("none", "", 0, better[:0]),
     ])  # fmt: skip
+    table = table.set_index("claim")
+    assert table.index.tolist() == [
+        "a loss", "a finding", "a close loss", "a share", "one seed", "none",
+    ]  # fmt: skip
     assert table.verdict.tolist() == [
-        verdicts.HOLDS, verdicts.SAME, verdicts.OPEN, verdicts.ONE_SEED, verdicts.HOLDS,
+        verdicts.HOLDS, verdicts.HOLDS, verdicts.SAME, verdicts.OPEN, verdicts.ONE_SEED,
         verdicts.ABSENT,
     ]  # fmt: skip
-    assert table.measured.tolist() == [
-        "2.00 [0.76, 3.24], 3 seeds; last round's model 3.00",
-        "0.10 [-0.65, 0.85], 3 seeds; last round's model 0.10", "0.10 [-0.65, 0.85], 3 seeds",
-        "1.50, 1 seed; last round's model 1.00",
-        "2.00 [1.76, 2.26] (timed 3 times in one run)", "",
-    ]  # fmt: skip
+    numbers = table[["effect", "low", "high", "last round's"]]
+    assert numbers.loc["a loss"].tolist() == pytest.approx([2.0, 0.758, 3.242, 3.0], abs=1e-3)
+    timed = numbers.loc["a finding", ["effect", "low", "high"]].tolist()
+    assert timed == pytest.approx([1.9983, 1.7647, 2.2629], abs=1e-4)
+    assert numbers.loc["one seed"].tolist() == pytest.approx([1.5, nan, nan, 1.0], nan_ok=True)
+    assert numbers.loc["none"].isna().all()
+    assert table.seeds.tolist() == [3, 0, 3, 3, 1, 0]
+    assert table.paper.tolist() == ["4.0", "7", "", "", "", ""]
 
 
 def test_claims_are_printed_by_verdict(capsys):
-    rows = [("b", "", 0, pd.Series([1.0])), ("a", "2", 0, pd.Series([1.9, 2.1])), ("c", "3", 0, [])]
-    common.say(common.judged(rows))
+    rows = [("b", "one seed", "1.00", ""), ("a", "holds", "2.00 [0.73, 3.27]", "2"),
+            ("c", "not on record", "", "3")]  # fmt: skip
+    common.say(pd.DataFrame(rows, columns=["claim", "verdict", "measured", "paper"]))
     assert capsys.readouterr().out.splitlines() == [
-        "holds:", "  a: 2.00 [0.73, 3.27], 2 seeds; paper 2",
-        "one seed:", "  b: 1.00, 1 seed; paper ",
+        "holds:", "  a: 2.00 [0.73, 3.27]; paper 2",
+        "one seed:", "  b: 1.00; paper ",
         "not on record:", "  c: -; paper 3",
     ]  # fmt: skip
 
