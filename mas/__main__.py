@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, least in (("workers", "1 and more"), ("timeout", "1 and more"),
                             ("threads", "1 and more"),
                             ("images_per_second", "more than 0")):  # fmt: skip
-            value = getattr(arguments, name, None)  # None: what the command finds right
+            value = getattr(arguments, name, None)  # None: the command decides
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}; allowed: {least}")
         status = arguments.function(arguments) or 0
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _run_options(command("run", _run, "train one method and print its result"))
     _plan_options(command("plan", _plan, "what notebooks would train, what is done, the cost"))
     _reproduce_options(command("reproduce", _reproduce, "train what is missing, run the notebooks"))
-    _campaign_options(command("campaign", _campaign, "train what the evidence lacks in a time"))
+    _campaign_options(command("campaign", _campaign, "train missing evidence within a time"))
     _unpack_options(command("unpack", _unpack, "add the records that a campaign has packed"))
     _site_options(command("site", _site, "the executed notebooks as static HTML"))
     _status_options(command("status", _status, "what the records hold"))
@@ -146,7 +146,7 @@ def _run(arguments: argparse.Namespace) -> None:
     store = open_store(arguments.preset, arguments.results)
     study = Study(arguments.tasks, chosen, arguments.seed, store)
     extra = {"splits": arguments.splits} if arguments.method in TAKES_SPLITS else {}
-    next(METHODS[arguments.method](study, **extra))  # tells at once what cannot be
+    next(METHODS[arguments.method](study, **extra))  # the impossible is refused at once
     recipes = {arguments.method: METHODS[arguments.method](study, **extra)}
     results = train_recipes(recipes, store, chosen, arguments.data, _computed(arguments))
     print(method_table(results.values()))

@@ -1,4 +1,4 @@
-"""Records as tables: a row a trajectory, a row a round, a row an affinity.
+"""Records as tables: one row for each trajectory, each round or each affinity.
 
 Plain readers of JSON and CSV that need neither PyTorch nor a network; `results/README.md` says what
 every column means. Rounds count from 0. What a record lacks is NaN, or NA in whole numbers.
@@ -43,7 +43,7 @@ AFFINITIES = {
 
 
 def existing_folder(results: Path | str | None = None) -> Path:
-    """Where records are read, a UserError where `results_folder` is none."""
+    """The folder that records are read from; a UserError if `results_folder` is no folder."""
     folder = results_folder(results)
     if results is None and not folder.is_dir():
         raise UserError(f"no records: neither {folder.absolute()} nor {BESIDE} is a folder; "
@@ -157,7 +157,7 @@ def _row(
 
 
 def _read(path: Path, reader: Callable[[Any], Any]) -> Any:
-    """What `reader` makes of a file; a UserError that names it where that is nothing."""
+    """What `reader` makes of a file; a UserError that names the file if it cannot be read."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return reader(file)

@@ -79,9 +79,9 @@ def measured_step(
     scale: float = 1.0,
     kind: str = "lookahead",
 ) -> Tensor:
-    """Affinities (n, n) measured beside a training step, whose encoder gradient it fills.
+    """Affinities (n, n) measured beside a training step; fills that step's encoder gradient.
 
-    step, at_features  the step's forward pass, and what `backward_decoders` gave
+    step, at_features  the step's forward pass, and what `backward_decoders` returned
     kind               "lookahead" (Eq. 3), "first_order", "representation", "cosine", or a function
                        outside the package, called as (losses, gradients, lr)
 
@@ -161,7 +161,7 @@ def lookahead(
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch, as in training; its running statistics stay alone."""
+    """BatchNorm normalises by the batch, as in training; its running statistics do not change."""
     tracking = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in tracking:
         m.track_running_stats = False

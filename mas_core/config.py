@@ -81,7 +81,7 @@ MEASURES = ("lookahead", "first_order", "representation", "cosine")  # see affin
 
 
 def _one_of(*names: str) -> Any:
-    """One of these names, or what stands outside the package, as "my_module:my_name"."""
+    """One of these names, or something outside the package, as "my_module:my_name"."""
 
     def check(name: str) -> str:
         if name not in names and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
@@ -199,7 +199,7 @@ class Tag:
 
 @_settings
 class Choice:
-    """Which losses decide between groups: HOA's groups, and TAG's and HOA's better group a task."""
+    """Which losses choose HOA's groups, and the group of a task that is in several (TAG, HOA)."""
 
     by: Literal["validation", "test"] = "validation"  # the paper: test
 
@@ -290,7 +290,7 @@ def settings(
 def override(base: Settings, overrides: dict[str, Any]) -> Settings:
     """`base` with some fields changed; values may be text, as a command line gives them.
 
-    Several numbers are written 0,3,5; options alpha:0.5,beta:2; none means none.
+    Write several numbers as 0,3,5, options as alpha:0.5,beta:2, and no value as none.
     """
     changes: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():

@@ -64,7 +64,7 @@ class FedAvg:
     def network(self, client: int | None) -> MultiTaskNet:
         """What this client trains: the working copy of the server's network, or another one.
 
-        client  its index, None where the caller does not tell
+        client  its index; None if the caller does not give it
         """
         return self.net
 

@@ -24,7 +24,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class Training(Protocol):
-    """What determines a round of training: a `records.trajectory.Trajectory`, or its like."""
+    """What determines a round of training: a `records.trajectory.Trajectory`, or the like."""
 
     tasks: str
     seed: int

@@ -7,7 +7,7 @@ statistics, momentum, losses and affinities are its own.
 
 Results equal those of `local.local_update` to rounding. For every G >= 2 they are the same to the
 bit, whatever G is, whichever place a client has, and whoever is beside it: so the width of a group
-is no part of a trajectory's id. Three things hold this up: a loss is reduced over one network's
+is no part of a trajectory's id. Three things ensure this: a loss is reduced over one network's
 values, laid out contiguously; gradients are summed and chosen network by network; and a client
 that is left alone (other kernels serve ungrouped convolutions) runs beside a copy of itself.
 """
@@ -104,7 +104,7 @@ def train_clients(
 
 
 def _of_one_shape(clients: list[_Client]) -> list[list[_Client]]:
-    """Those that have a next batch, by its shape, in even parts of `WIDTH` at most."""
+    """Clients that have a next batch, by its shape, in even groups of at most `WIDTH`."""
     shapes: dict[torch.Size, list[_Client]] = {}
     for client in clients:
         if client.batch is not None:
@@ -243,7 +243,7 @@ class Group(nn.Module):
     def encoder_gradients(self, z: Tensor, at_features: list[Tensor]) -> list[list[Tensor]]:
         """`affinity.encoder_gradients` for every network: per task, a (G ..) tensor a parameter.
 
-        Which task is had by difference is a network's own choice: pass j carries, network by
+        Each network chooses which task it gets by difference: pass j carries, network by
         network, the task with its j-th smallest gradient. The encoder's `.grad` is filled.
         """
         n, parameters = len(at_features), list(self.encoder.parameters())
@@ -275,7 +275,7 @@ class Group(nn.Module):
     ) -> Tensor:
         """Eq. 3 of every network, (G, n, n), its diagonal NaN; losses (n, G).
 
-        In turn p decoder j receives from the stepped encoder j + p: n - 1 decodings, not n.
+        In turn p, decoder j decodes the features of task j + p's step: n - 1 decodings, not n.
         """
         n, stepped = len(losses), []
         names, parameters = zip(*self.encoder.named_parameters())

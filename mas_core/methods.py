@@ -69,7 +69,7 @@ class Study(Protocol):
         """S-hat (n, n): the trunk's affinities of rounds < window (and < rounds)."""
 
     def deciding_losses(self, trajectory: Trajectory) -> dict[str, float]:
-        """Losses by task that a choice between groups may look at: of validation, or of test."""
+        """The losses by task that decide between groups: on validation or on test views."""
 
     def result(self, name, groups, trained, parts, search=()) -> Any:
         """What the method returns: every task's test loss, and what all parts cost."""
@@ -110,7 +110,7 @@ def merge_and_split(study: Study, splits: int = 2) -> Recipe:
     mas, trunk = study.settings.mas, study.all_in_one()
     R0 = mas.merge_rounds
     check_measured(study, min(mas.affinity_rounds, R0))
-    study.from_all_in_one(study.tasks)  # an R0 that cannot be is told before anything is trained
+    study.from_all_in_one(study.tasks)  # an impossible R0 is refused before anything is trained
     yield [Need(trunk, R0)]
     split = best_split(study.affinities(mas.affinity_rounds, R0, mas.affinity_at), splits)
     groups = [study.letters(g) for g in split.groups]
@@ -147,7 +147,7 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
 
     A larger group's loss of a task is estimated as its mean over the pairs inside the group. The
     best x groups (a task in several takes the better one) are trained from scratch; singles and
-    pairs among them are at hand. What is better is told by `choice.by`.
+    pairs among them are trained already. `choice.by` says which losses decide.
     """
     check_splits(study, splits)
     n = len(study.tasks)
@@ -220,7 +220,7 @@ def restarted(study: Study, groups: Sequence[str], name: str) -> Recipe:
 
 
 def first_rounds(study: Study) -> Recipe:
-    """All-in-one as far as a split reads its affinities; no result, the record holds them."""
+    """All-in-one for as long as a split reads its affinities, which its record holds; no result."""
     check_measured(study)
     yield [Need(study.all_in_one(), study.settings.mas.affinity_rounds)]
     return []

@@ -60,7 +60,7 @@ class SeparableConv(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Two separable convolutions beside a skip; strided: a 2x2 convolution ends the long way."""
+    """Two separable convolutions beside a skip; strided: a 2x2 convolution ends the long branch."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, first_relu: bool) -> None:
         super().__init__()
@@ -231,13 +231,13 @@ class TaskPass:
     """One forward pass in which every decoder has its own handle on the shared features."""
 
     features: Tensor  # (B, features, h, w), still joined to the encoder
-    handles: list[Tensor]  # the features once a task, cut off from the encoder
+    handles: list[Tensor]  # the features, one handle a task, cut off from the encoder
     losses: Tensor  # (n,), joined to decoders and handles
 
     def backward_decoders(self, weights: Tensor | None = None) -> list[Tensor]:
         """Fill the decoders' gradients; return the gradient of each task's loss at the features.
 
-        With `weights` (n,) the losses are weighted before.
+        With `weights` (n,) the losses are weighted first.
         """
         (self.losses if weights is None else self.losses * weights).sum().backward()
         return [handle.grad for handle in self.handles]

@@ -1,4 +1,4 @@
-"""Which tasks go on together: the optimal split of MAS, and the groupings of TAG and HOA.
+"""Which tasks continue together: the optimal split of MAS, and the groupings of TAG and HOA.
 
 Affinities are arrays S of shape (n, n), dimensionless: S[i, j] is the affinity of task i onto
 task j (row updates, column receives), higher is better. Tasks are indices 0..n-1. A set of tasks
@@ -51,7 +51,7 @@ class OverlappingSplit:
 
 
 def self_affinity(S: ArrayLike) -> np.ndarray:
-    """A copy of S (n, n) whose diagonal is that of Eq. 4; what stood there is not used.
+    """A copy of S (n, n) whose diagonal is that of Eq. 4; its own is not used.
 
     S[i, i] = sum over j != i of (S[i, j] + S[j, i]) / (2n - 2)   (MAS, Eq. 4)
 

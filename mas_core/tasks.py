@@ -39,12 +39,12 @@ def _masked_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def rotation_l1(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Masked L1, an image's the least over the nine shifts of the output by one pixel at most."""
+    """Masked L1, for each image the least over nine shifts of the output by at most one pixel."""
     return rotation_l1_by_image(output, target, mask).mean()
 
 
 def rotation_l1_by_image(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """The images' own, (B, C, H, W) -> (B,).
+    """The same for each image, (B, C, H, W) -> (B,).
 
     The best shift is found without autograd; then the target is moved under the output, so that
     the backward pass is that of one masked L1. Value and gradient are those of the minimum.
@@ -155,7 +155,7 @@ STORED = TASKS.stored
 
 
 def check_tasks(letters: str, table: TaskTable = TASKS) -> str:
-    """`letters` itself when each is a known task and none is there twice; a UserError otherwise."""
+    """`letters` itself when each is a known task and none is repeated; a UserError otherwise."""
     allowed = "".join(table)
     unknown = sorted(set(letters) - set(table))
     if unknown:
@@ -197,7 +197,7 @@ class Batch:
 def decode_batch(
     raw: dict[str, Tensor], letters: str, flip: Tensor | None = None, table: TaskTable = TASKS
 ) -> Batch:
-    """Decode encoded arrays, on the device where they lie, and flip some of the images.
+    """Decode encoded arrays on the device that holds them, and flip some of the images.
 
     raw     domain -> (B, H, W) or (B, H, W, 3), as stored (uint8, uint16)
     flip    (B,) bool: which images to mirror left to right; the x component of normals changes sign

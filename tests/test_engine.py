@@ -272,7 +272,7 @@ def test_a_killed_worker_is_told_in_one_line(single, store, folder):
             run({0: recipe([Need(single("d"), 4)])}, store, folder, executor=executor)
         assert str(error.value) == (
             "a worker process was killed, perhaps for want of memory; what was done is kept, the "
-            "same command continues; --workers may be lower"
+            "same command continues; try fewer --workers"
         )
 
 

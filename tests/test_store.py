@@ -362,9 +362,9 @@ def test_other_data_than_a_run_began_with(trajectory, half, tmp_path):
     other = tmp_path / "other"
     write_buildings(other, POINTS, SIZE, seed=1)
     prepare(other, SIZE, progress=False, workers=1)
-    refused(trajectory, half, other, "trained on other data than lies in the data folder now")
+    refused(trajectory, half, other, "trained on data other than those in the data folder now")
     branch = replace(trajectory, tasks="k", parent=trajectory, start_round=4)
-    with pytest.raises(UserError, match="trained on other data"):
+    with pytest.raises(UserError, match="trained on data other"):
         train(replace(branch, start_round=3, parent=trajectory), 4, _with_kept(half), other)
 
 

@@ -40,7 +40,7 @@ MEMBER_BYTES = 2**26  # a record's largest file holds some hundred kilobytes
 
 @dataclass(frozen=True)
 class Evidence:
-    """One row of what shall be on record: an experiment with its seeds."""
+    """One row of what should be on record: an experiment with its seeds."""
 
     experiment: x.Experiment
     seeds: Sequence[int]
@@ -98,7 +98,7 @@ TABLE: tuple[Evidence, ...] = (
 
 
 def seconds_of(text: str) -> float:
-    """A budget such as 540s, 9m or 2h; seconds where no unit stands."""
+    """A budget such as 540s, 9m or 2h; seconds if there is no unit."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
     if not found or not float(found[1]):
         raise UserError(f"--budget {text}; allowed: a time such as 540s, 9m or 2h")
@@ -207,8 +207,8 @@ def _lineage(t: Trajectory) -> list[str]:
 def unpack(file: Path, results: Path) -> int:
     """Add packed records to those under `results`; 1 where any of them was refused.
 
-    Nothing is written where the file holds anything but records. A record is refused that does not
-    match its id or lacks rounds, and left out where the one there reaches as far.
+    Nothing is written where the file holds anything but records. A record that does not match its
+    id or lacks rounds is refused; one that reaches no further than the record here is left out.
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, content in _members(file):

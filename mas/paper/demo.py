@@ -46,7 +46,7 @@ def method_table(results: Iterable[MethodResult], constant: dict[str, float] | N
     """Test losses and cost of methods as text.
 
     Losses are those of the model with the least validation loss, dimensionless. With `constant`,
-    the best constant predictor's losses, each task's skill 1 - loss / constant stands behind it.
+    the best constant predictor's losses, each task's skill 1 - loss / constant follows its loss.
     """
     rows = []
     for r in results:

@@ -2,7 +2,7 @@
 
 `mas plan`, `mas reproduce` and the notebooks share these, so that a trajectory is trained once.
 A recipe's key is (method, task set, seed), the method as `MethodResult.method` names it, with the
-varied setting behind it where there is one: ("MAS-2 R0=30", "sdnkt", 0).
+varied setting after it where there is one: ("MAS-2 R0=30", "sdnkt", 0).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)
 class AssumedStore(Store):
     """A store that makes up the results that are absent, so that recipes run to their end.
 
-    The groups that they then choose stand for some groups of that number, not for the real ones.
+    The groups that recipes then choose are some groups of that number, not the real ones.
     Reads every record once.
     """
 
@@ -61,7 +61,7 @@ class AssumedStore(Store):
                 draw = stream(trajectory.seed, "assumed", trajectory.tasks)
                 losses = {a: draw.uniform(0.3, 0.4) for a in trajectory.tasks}
                 found = {"test_best": losses, "test_last": losses}
-            # What was made up is of no images: a plan joins it with what is on record.
+            # Made-up results name no images, so they can be joined with those on record.
             self._results[id_] = found | {"data": None}
         return self._results[id_]
 
@@ -344,7 +344,7 @@ def _costs(
     ).div([1, 1e6, 1e9, 3600], axis=0)
     rows = table if speed.source else table.iloc[:3]
     factor = alone[1] / sum(each.values())[1]
-    timed = "not timed     no record of this preset: no hours (or name --images-per-second)"
+    timed = "not timed     no record of this preset to time by; name --images-per-second"
     if speed.source:
         timed = f"timed by      {speed.source}; training only, no validation"
     return [

@@ -92,7 +92,7 @@ def notebooks_folder() -> Path:
     for place in places:
         if any(place.glob("*.ipynb")):
             return place
-    raise UserError("no notebooks/ here nor beside the package: run this in a clone of the "
+    raise UserError("no notebooks/ here or beside the package: run this in a clone of the "
                     "repository")  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def checked(path: Path, standard: dict[str, Any], given: dict[str, Any]) -> dict
 
 
 def _inspected(path: Path) -> dict[str, str]:
-    """The parameters of a notebook and their defaults, as it has them written."""
+    """The parameters of a notebook and their defaults, as they are written there."""
     import papermill
 
     return {name: p["default"] for name, p in papermill.inspect_notebook(str(path)).items()}

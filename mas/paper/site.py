@@ -121,7 +121,7 @@ def _card(stem: str, book: Any, drawn: list[Path]) -> str:
 
 
 def _verdicts(cell: Any) -> Counter[str]:
-    """How often each verdict stands in a cell's output; of a table, in its column "verdict"."""
+    """How often each verdict occurs in a cell's output; of a table, in its column "verdict"."""
     found: Counter[str] = Counter()
     for output in cell.get("outputs", ()):
         text = output.get("text", "") or output.get("data", {}).get("text/html", "")

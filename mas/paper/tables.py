@@ -115,7 +115,7 @@ def delta_m(losses: Mapping[str, float], base: Mapping[str, float]) -> float:
 def saved(
     table: pd.DataFrame, worse: str, better: str, tasks: str, column: str = "total"
 ) -> pd.Series:
-    """Per cent of `column` that a method saves against another, by seed, where both are."""
+    """Per cent of `column` that a method saves against another, for every seed of both."""
     a, b = (by_seed(table, method, tasks, column) for method in (worse, better))
     return (100 * (1 - b / a)).dropna()
 

@@ -15,7 +15,7 @@ taken before the mean. Every function here returns a `Finding`, one for each kin
 
 A difference is claimed at p <= 0.05, two-sided. Equivalence, for losses alone, is two one-sided
 tests: the 90 % interval lies inside +-1 % (Schuirmann, 1987). A difference is told first, however
-small. One seed says nothing of a loss. `corrected` applies Holm (1979) to a table of findings.
+small. One seed says nothing about a loss. `corrected` applies Holm (1979) to a table of findings.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class FAMO(FedAvg):
 
     with `options` lr (0.025) and decay (0.01). w (n,) travels and is averaged; Adam's moments start
     anew with every client, as the momentum of the weights does. The released code also clips
-    the gradient's norm at 1, which the paper does not tell of: not done.
+    the gradient's norm at 1; the paper does not mention it, and it is not done here.
     """
 
     captured = measures = False

@@ -2,7 +2,7 @@
 
 A worker trains one trajectory at a time. Records and prepared data lie in folders that all
 machines mount under the same path. Dask hands the job of a worker that died to another, which
-resumes; what raised is not run again. A driver that dies may be started again.
+resumes; a job that raised is not run again. A driver that dies may be started again.
 
 Two processes are kept off one trajectory by flock: on NFS 4, NFS 3 with lockd (no nolock, no
 local_lock) and Lustre with -o flock. Elsewhere it may be trained twice at once, to equal results.

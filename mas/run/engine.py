@@ -51,7 +51,7 @@ def train_job(
     threads: int | None,
     stop_at: float | None = None,
 ) -> None:
-    """One trajectory in whatever process this is; everything it takes can be sent anywhere.
+    """Train one trajectory in this process; all arguments can be sent to another process.
 
     `threads` of PyTorch (None: as many as there are set). With `stop_at`, seconds since 1970, it
     raises OutOfTime before a round that, by the last one's seconds, would end later.
@@ -117,11 +117,11 @@ def run(
     failed: such a job is handed out again and resumes, if it got a round further. When a trajectory
     fails, the recipes that need it stop, the others go on, and an EngineError ends the run.
 
-    `data_folder` may tell the folder of each `Data`, where trajectories differ in their images.
+    `data_folder` may give the folder of each `Data`, where trajectories differ in their images.
 
     With `stop_at`, seconds since 1970, the recipes are in order of worth: what the first ones need
-    is trained first, and no round is begun that would end later. What is returned lacks the recipes
-    that did not come to their end.
+    is trained first, and no round is begun that would end later. Recipes that did not finish
+    are missing from what is returned.
     """
     driver = Driver(
         recipes,
@@ -299,11 +299,11 @@ def work_of_a_round(t: Trajectory) -> int:
 
 def _worker_killed() -> EngineError:
     return EngineError(f"a worker process was killed, perhaps for want of memory; {KEPT}; "
-                       "--workers may be lower")  # fmt: skip
+                       "try fewer --workers")  # fmt: skip
 
 
 def _failure(failed: dict[str, BaseException]) -> Exception:
-    """What was foreseen in a line each; below the traceback of what was not."""
+    """Foreseen failures in a line each; below them the tracebacks of the others."""
     foreseen = {id_: isinstance(e, UserError | TrainingDiverged) for id_, e in failed.items()}
     if all(isinstance(error, UserError) for error in failed.values()):
         return next(iter(failed.values()))

@@ -23,9 +23,9 @@ class Meter(Stopwatch):
     """Seconds and joules of what runs inside `with meter:`; one per training process.
 
     Counters see whole devices: on a shared card or CPU the joules include what others draw; `how`
-    says so. One that fails never raises: `joules` is None from then on, and `how` says why. `how`
-    begins with "nvml", "rapl", "nvml+rapl" or "not measured". A run on a GPU is measured only if
-    that GPU is; its CPU is added where RAPL can be read.
+    says so. A counter that fails never raises: `joules` is None from then on, and `how` says why.
+    `how` begins with "nvml", "rapl", "nvml+rapl" or "not measured". A run on a GPU is measured only
+    if that GPU is; its CPU is added where RAPL can be read.
     """
 
     def __init__(self, device: torch.device | str):

@@ -80,7 +80,7 @@ def shown_progress(store: Store) -> Iterator[Progress]:
         yield rounds.progress
     finally:
         stop.set()
-        thread.join()  # what is printed next stands on a line of its own
+        thread.join()  # what is printed next has its own line
 
 
 def _bar(rounds: Rounds, stop: threading.Event) -> None:
@@ -99,7 +99,7 @@ def _lines(rounds: Rounds, stop: threading.Event) -> None:
     said = began
     while not ended:
         ended = stop.wait(min(1.0, LINE_SECONDS))
-        before, now, wanted = rounds.count()  # each second: what is short is seen, too
+        before, now, wanted = rounds.count()  # every second, to show short jobs, too
         if not ended and time.monotonic() < said + LINE_SECONDS:
             continue
         said = time.monotonic()

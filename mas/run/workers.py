@@ -23,7 +23,7 @@ ON_ONE_THREAD = ("tiny", "small")  # sizes whose operators are too small to be s
 
 @dataclass(frozen=True)
 class Compute:
-    """On what to train. Dask and Slurm workers have a GPU each unless the device is "cpu"."""
+    """Where to train. Dask and Slurm workers have a GPU each unless the device is "cpu"."""
 
     workers: int = 1  # processes on this machine; jobs with Slurm
     device: str | None = None  # None: a GPU where there is one
@@ -61,13 +61,13 @@ def train_recipes(
     `data` is the folder of the images that `settings` name (None: `rooms_folder`); `how` goes to
     `engine.run`.
     """
-    elsewhere = bool(compute.dask or compute.slurm)  # where a GPU here says nothing
+    elsewhere = bool(compute.dask or compute.slurm)  # a GPU here says nothing of theirs
     device = (compute.device or "cuda") if elsewhere else choose_device(compute.device)
     folder = ensure_rooms(settings.data, data)
 
     @cache
     def folder_of(own: Data) -> Path:
-        """The folder above, but for images that an experiment renders otherwise: their own."""
+        """That folder, or another for images that an experiment renders differently."""
         same = rooms_folder(own) == rooms_folder(settings.data) or own.source != "rooms"
         return folder if same else ensure_rooms(own, None)
 
@@ -86,7 +86,7 @@ def train_recipes(
         how["progress"] = stack.enter_context(shown_progress(store))
         try:
             return run(recipes, store, folder_of, device, executor, threads, slots, **how)
-        except BaseException:  # what runs is not waited for
+        except BaseException:  # do not wait for what still runs
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise

@@ -58,7 +58,7 @@ def split_indices(
 class FederatedData:
     """The buildings as clients, opened with `open_data`. Yields decoded batches on the device.
 
-    Where the decoded views fit into `cache_bytes` they lie on the device; where not, batches are
+    Decoded views are kept on the device if they fit into `cache_bytes`; otherwise batches are
     gathered from the memory maps, one ahead. The batches are the same either way, to the bit.
     """
 
@@ -83,9 +83,9 @@ class FederatedData:
     ) -> Iterator[Batch]:  # fmt: skip
         """One local epoch over a client's training views, half of them mirrored.
 
-        Order and flips are drawn from `rng` by this call. Batches are full: the views that are left
-        over sit this epoch out. A client with less than one batch gives one batch of all it has.
-        Within a batch views stand in stored order.
+        Order and flips are drawn from `rng` by this call. Batches are full: leftover views are
+        skipped this epoch. A client with less than one batch gives one batch of all it has.
+        Within a batch, views are in stored order.
         """
         count = self.count(client, "train")
         order, flip = rng.permutation(count), rng.random(count) < 0.5
@@ -145,7 +145,7 @@ class FederatedData:
         return raw, torch.from_numpy(rows >= len(views))
 
     def _decoded_split(self, split: str, device: torch.device) -> dict[str, Tensor]:
-        """All rows of a split, of training also the mirrored ones, on the device by tensor."""
+        """All rows of a split (of training, the mirrored ones too) on the device, by tensor."""
         key = (split, str(device))
         if key not in self._cache:
             rows = np.arange(len(self.views[split]) * (2 if split == "train" else 1))
@@ -160,7 +160,7 @@ class FederatedData:
         return self._cache[key]
 
     def _decoded_bytes(self) -> int:
-        """Of all splits: float32 image, mask and targets (classes int64), training ones twice."""
+        """Bytes of all splits: float32 image, mask, targets (classes int64), training twice."""
         tasks = [self.table[a] for a in self.letters]
         channels = 4 + sum(2 if task.classes else task.channels for task in tasks)
         rows = sum(len(views) for views in self.views.values()) + len(self.views["train"])
@@ -245,7 +245,7 @@ def open_data(
         images.append([name, data.size, record.views, hashes[table.image]])
     for split in SPLITS:
         if not places[split]:
-            raise UserError(f"{folder} has no {split} views: a building is split from 3 points on")
+            raise UserError(f"{folder} has no {split} views: a building needs 3 points for that")
     return FederatedData(
         names, letters, data.size, hash_json(content), hash_json(images),
         {split: np.array(places[split]) for split in SPLITS},

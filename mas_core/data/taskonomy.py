@@ -100,7 +100,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _classes(domain: str, table: TaskTable) -> int:
-    """How many class ids a domain's values are; 0 where they are no class ids."""
+    """How many class ids a domain has; 0 where its values are not class ids."""
     tasks = (task for task in table.values() if task.domain == domain and task.classes)
     return max((task.channels for task in tasks), default=0)
 
@@ -169,7 +169,7 @@ def _area_sums(image: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a prepared folder holds, and what the call that returned this did for it."""
+    """What a prepared folder holds, and what the call that returned this had to do."""
 
     folder: Path  # <root>/prepared/<size>px
     views: dict[str, int]  # building -> usable views
@@ -187,7 +187,7 @@ def prepare(
     Writes <out or root/prepared>/<size>px/<building>/<domain>.npy, (N, size, size[, 3]) as encoded
     (uint8 or uint16), views in order of (point, view), views.json beside them and summary.json
     above them. A building whose files have the names, sizes and times they had, and whose arrays
-    are whole, is left as it is; one that is gone from `root` leaves the summary.
+    are whole, is left as it is; one that is gone from `root` is dropped from the summary.
 
     domains   None: all of `table`, the tasks that say how each is encoded
     workers   threads, each with a building (None: one a core); the files do not depend on them
@@ -226,7 +226,7 @@ def prepare(
 
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[None]:
-    """An empty folder while this lasts, whatever a killed process left there."""
+    """A folder that is empty at first, whatever a killed process left there; removed at the end."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -236,7 +236,7 @@ def _scratch(folder: Path) -> Iterator[None]:
 
 
 def _broken(skipped: dict[str, list[str]], skip_broken: bool) -> UserError:
-    """The first ten of what is wrong with a folder's files, and how many they are."""
+    """The first ten faults of a folder's files, and how many there are."""
     faults = [fault for found in skipped.values() for fault in found]
     head = f"{len(faults)} files are broken or missing (--skip-broken leaves views out):"
     if skip_broken:
@@ -276,7 +276,7 @@ def _prepare_building(
     root: Path, target: Path, parts: Path, size: int, domains: list[str], skip_broken: bool,
     table: TaskTable, name: str,
 ) -> tuple[Record, bool]:  # fmt: skip
-    """Write a building where it is not up to date; its record, and whether it was read anew.
+    """Write a building unless it is up to date; its record, and whether it was read anew.
 
     One without a whole view, or with a broken file and not `skip_broken`, is not written.
     """

@@ -54,8 +54,8 @@ def device_clock(device: torch.device) -> float:
     """Device seconds: the wall clock for a GPU, this process's core seconds on a CPU.
 
     A GPU's queue is emptied first, so that an interval holds its own work.
-    The paper counts GPU hours; core seconds are their like, and what else runs on a shared machine
-    disturbs them little.
+    The paper counts GPU hours; core seconds are their counterpart, and other work on a shared
+    machine disturbs them little.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -63,7 +63,7 @@ def device_clock(device: torch.device) -> float:
 
 
 def estimated_kwh(seconds: float, device_name: str) -> tuple[float, str]:
-    """A guess of the energy where nothing measured it, in kWh, and what it is from, in words.
+    """A guess of the energy where nothing measured it, in kWh, and its basis in words.
 
     Device seconds (see `device_clock`) times one constant power, whatever the load: 10 W for a
     core of a CPU (named with its threads by `device_name`), 300 W for a GPU.
@@ -126,7 +126,7 @@ class Cost:
         return co2_grams(self.energy_kwh_estimated)
 
     def __add__(self, other: Cost) -> Cost:
-        """Sums, in which a None makes a None; the higher peak; each source named once."""
+        """Sums, None where a part is None; the higher peak; each source named once."""
         sources = (*self.energy_source.split(" | "), *other.energy_source.split(" | "))
         return Cost(
             self.seconds + other.seconds,

@@ -8,7 +8,7 @@
     checkpoints/     safetensors, not in git
 
 Every file appears by rename. Rows may run ahead of the last checkpoint after a kill; a resumed
-run drops them and writes them again, equal.
+run drops them and writes them again, identically.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, trajectory: Trajectory) -> Iterator[None]:
-        """Hold a trajectory for writing; the operating system frees it when the process dies."""
+        """Lock a trajectory for writing; the operating system frees it when the process dies."""
         folder = self.folder(trajectory)
         with self._writable(folder):
             held = filelock.FileLock(folder / "training.lock").acquire()
@@ -211,9 +211,9 @@ class Store:
         self._write(self.folder(trajectory) / "machines.json", text)
 
     def served_by(self, trajectory: Trajectory) -> Trajectory:
-        """The trajectory itself, or a complete record that differs in having measured more.
+        """The trajectory itself, or a complete record that differs only in having measured more.
 
-        Measuring leaves the weights alone, so the one without is not trained again.
+        Measuring does not change the weights, so nothing is trained again without it.
         """
         if self.result(trajectory) is not None:
             return trajectory
@@ -230,7 +230,7 @@ class Store:
         return trajectory
 
     def write_file(self, trajectory: Trajectory, name: str, content: bytes) -> None:
-        """A file of a record from elsewhere, as it is."""
+        """Write a file of a record from elsewhere, as it is."""
         self._write(self.folder(trajectory) / name, content)
 
     def write_rows(self, trajectory: Trajectory, name: str, rows: list[dict[str, Any]]) -> None:
@@ -282,10 +282,10 @@ class Store:
     def load_checkpoint(
         self, trajectory: Trajectory, path: Path, like: State, fingerprint: str
     ) -> tuple[State, int]:
-        """A state and its number of rounds; a UserError if the file is broken or another's."""
+        """A state and its number of rounds; a UserError if the file is broken or of another."""
         remedy = _FROM_START.format(path.parent)
         about, state = self._read_checkpoint(path, "pt")
-        network = ("encoder.", "decoders.")  # what else there is travels with the method
+        network = ("encoder.", "decoders.")  # other entries belong to the method
         shapes = {k: t.shape for k, t in state.items() if k.startswith(network)}
         wanted = {k: t.shape for k, t in like.items() if k.startswith(network)}
         known = about.get("trajectory") == trajectory.id and {"round", "data"} <= about.keys()
@@ -293,8 +293,8 @@ class Store:
             raise UserError(f"checkpoint {path} holds another network's weights; {remedy}")
         if about["data"] != fingerprint:
             raise UserError(
-                f"{trajectory.id} was trained on other data than lies in the data folder now; "
-                f"give that folder with --data, or {remedy}"
+                f"{trajectory.id} was trained on data other than those in the data folder now; "
+                f"name their folder with --data, or {remedy}"
             )
         if about.get("sha256", digest := _digest_of(state)) != digest:
             raise UserError(f"checkpoint {path} is not as it was written; {remedy}")

@@ -106,7 +106,7 @@ class Study:
         return S
 
     def deciding_losses(self, trajectory: Trajectory, last: bool = False) -> dict[str, float]:
-        """Losses by task that a choice between groups may look at (`choice.by`).
+        """The losses by task that decide between groups (`choice.by`).
 
         Of the model with the least validation loss, or of the last round's.
         """
@@ -145,7 +145,7 @@ class Study:
     def _served(
         self, trained: Sequence[Trajectory], losses: list[dict[str, float]], last: bool
     ) -> dict[str, float]:
-        """Each task's loss in the group that serves it; of several, the one that decides lower."""
+        """Each task's loss in its group; of several, the one with the lowest deciding loss."""
         serving: dict[str, float] = {}
         for a in self.tasks:
             having = [i for i, t in enumerate(trained) if a in t.tasks]
@@ -190,8 +190,8 @@ def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
     its rounds were trained on several devices, the source of the figures says so.
 
     Seconds are those of local training and averaging. Affinities are measured in more rounds than
-    a method asks for; the time of those measurements is left out, and energy in proportion. In it
-    goes one backward pass through the encoder a measured step, which training needs anyway.
+    a method asks for; the time of those measurements is left out, and energy in proportion. With
+    it goes one backward pass through the encoder a measured step, which training needs anyway.
     """
     table = store.rounds(part.trajectory)
     columns = {name: table[name].to_numpy() for name in _COUNTED}

@@ -104,8 +104,8 @@ def _resume(trajectory: Trajectory, store: Store, data_folder: Path, meter: Stop
 def _record(run: _Run, made: Round, store: Store, last: bool) -> None:
     """Validate where it is due, and write what a round has left behind.
 
-    Affinities are written before the rounds, the checkpoint after both: a record never tells of a
-    round whose affinities it lacks, and a kill at any point costs what is after the checkpoint.
+    Affinities are written before the rounds, the checkpoint after both: a record never lists a
+    round whose affinities it lacks, and a kill costs only what follows the checkpoint.
     """
     trajectory, tasks, done = run.trajectory, run.net.tasks, made.round + 1
     R, fl, fingerprint = trajectory.fl.rounds, trajectory.fl, run.data.fingerprint

@@ -33,7 +33,7 @@ class Trajectory:
     lr_from: int = 0  # first round of the learning-rate schedule
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data that determines the trajectory; the parent stands as its id."""
+        """Plain data that determines the trajectory; the parent is named by its id."""
         return {
             "tasks": self.tasks,
             "seed": self.seed,
