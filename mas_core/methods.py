@@ -259,7 +259,7 @@ def check_measured(study: Study, rounds: int = 1) -> None:
         raise UserError(f"tasks={study.tasks}: one task cannot be split; allowed: two and more")
     if not rule_of(fl).measures:
         raise UserError(f"fl.method={fl.method} measures no affinities to split by; "
-                        "allowed: fedavg")  # fmt: skip
+                        "allowed: one that does, like fedavg")  # fmt: skip
     if not fl.measure_rounds:
         raise UserError("fl.measure_rounds=0: no affinities to split by; allowed: 1 and more")
     if fl.measure_rounds < rounds:
