@@ -179,3 +179,4 @@ def test_the_recipes_of_three_alphas(tmp_path):
     sources = {t.data.source for t in needed}
     assert sources == {experiment.SOURCE.format(name) for name in experiment.ALPHAS}
     assert {t.fl.measure_rounds for t in needed} == {0, 10}
+    assert experiment.room_types(Store(tmp_path, "paper"), 0, {}) == {}  # Taskonomy

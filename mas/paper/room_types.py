@@ -162,8 +162,8 @@ def _open(alpha: float, data: Data, folder: Path, letters: str) -> FederatedData
     rooms, owners = open_data(usual, ensure_rooms(usual, folder), letters), deal(usual, alpha)
     lacking = [s for s in SPLITS if len(owners[s]) != len(rooms.views[s])]
     if lacking:
-        raise UserError(f"{folder} lacks views ({', '.join(lacking)}), which were left out when it "
-                        f"was prepared; run: mas prepare --root {folder} --size {data.size}")  # fmt: skip
+        raise UserError(f"{folder} lacks views of {', '.join(lacking)} that its rooms have; "
+                        "delete it, the same rooms can be rendered anew")  # fmt: skip
     dealt = [rooms.fingerprint, [owners[split].tolist() for split in SPLITS]]
     names = [f"client_{k:02d}" for k in range(data.buildings)]
     return replace(rooms, names=names, fingerprint=hash_json(dealt), owners=owners)
@@ -175,12 +175,15 @@ alpha_100, alpha_1, alpha_01 = (partial(_open, alpha) for alpha in ALPHAS.values
 def room_types(
     store: Store, seed: int, overrides: dict[str, Any]
 ) -> dict[tuple[str, str, int], methods.Recipe]:
-    """One-by-one, all-in-one, MAS-1 and MAS-2 on sdnkt at each alpha, as "MAS-2 alpha=0.1"."""
-    recipes = {}
-    for name, alpha in ALPHAS.items():
-        own = {"data.source": SOURCE.format(name)}
-        read = settings(store.preset, TASKS, overrides).mas.affinity_rounds
-        own["fl.measure_rounds"] = read  # no figure shows affinities of later rounds
+    """One-by-one, all-in-one, MAS-1 and MAS-2 on sdnkt at each alpha, as "MAS-2 alpha=0.1".
+
+    None on data other than rooms, where nothing tells a point's kind of room.
+    """
+    recipes: dict[tuple[str, str, int], methods.Recipe] = {}
+    usual = settings(store.preset, TASKS, overrides)
+    for name, alpha in ALPHAS.items() if usual.data.source == "rooms" else ():
+        own = {"data.source": SOURCE.format(name),
+               "fl.measure_rounds": usual.mas.affinity_rounds}  # fmt: skip
         s = Study(TASKS, settings(store.preset, TASKS, overrides | own), seed, store)
         made = {
             "one-by-one": methods.one_by_one(s),
