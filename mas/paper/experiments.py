@@ -23,6 +23,7 @@ from mas_core.tasks import TASK_SETS
 from ..run.engine import collect
 from ..run.workers import Compute, train_recipes
 from .few_labels import few_labels
+from .room_types import room_types
 from .two_widths import two_widths
 
 Key = tuple[str, str, int]
@@ -422,7 +423,7 @@ NOTEBOOKS: dict[str, tuple[Experiment, ...]] = {
     "what_makes_it_work": (controls, every_split),
     "rivals": (rivals, every_split, table_1),
     "affinity_measures": (affinity_measures,),
-    "open_questions": (when_to_split, heterogeneity, proxies),
+    "open_questions": (when_to_split, heterogeneity, proxies, room_types),
     "few_labels": (few_labels,),
     "two_widths": (two_widths,),
     "digits": (),

@@ -71,11 +71,18 @@ class FederatedData:
     arrays: list[dict[str, Tensor]] = field(repr=False)  # client -> domain -> memory-mapped
     cache_bytes: int
     table: TaskTable = field(default_factory=lambda: TASKS, repr=False)
+    # split -> (N,): the client that has a view; None: that of its building.
+    owners: dict[str, np.ndarray] | None = field(default=None, repr=False)
     _cache: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def count(self, client: int, split: str) -> int:
         """Number of views of a client in a split."""
-        return int((self.views[split][:, 0] == client).sum())
+        return len(self._rows(client, split))
+
+    def _rows(self, client: int, split: str) -> np.ndarray:
+        """A client's rows of `views[split]`, ascending."""
+        owners = self.views[split][:, 0] if self.owners is None else self.owners[split]
+        return np.flatnonzero(owners == client)
 
     def epoch(
         self, client: int, letters: str, batch_size: int, rng: np.random.Generator,
@@ -91,9 +98,8 @@ class FederatedData:
         order, flip = rng.permutation(count), rng.random(count) < 0.5
         full = count - count % batch_size if count >= batch_size else count
         steps = [np.sort(order[i : i + batch_size]) for i in range(0, full, batch_size)]
-        train = self.views["train"]
-        own = np.flatnonzero(train[:, 0] == client)
-        steps = [own[rows] + len(train) * flip[rows] for rows in steps]
+        own, mirrored = self._rows(client, "train"), len(self.views["train"])
+        steps = [own[rows] + mirrored * flip[rows] for rows in steps]
         return self._batches("train", letters, torch.device(device), steps)
 
     def evaluation(
@@ -101,8 +107,7 @@ class FederatedData:
         client: int | None = None,
     ) -> Iterator[Batch]:  # fmt: skip
         """All views of a split in order, of all clients or one; the last batch may be short."""
-        clients = self.views[split][:, 0]
-        rows = np.flatnonzero((clients == client) | (client is None))
+        rows = np.arange(len(self.views[split])) if client is None else self._rows(client, split)
         steps = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         return self._batches(split, letters, torch.device(device), steps)
 

@@ -28,6 +28,12 @@ def view_counts(buildings, views, seed):
     return [counts[i] for i in stream(seed, "counts").permutation(buildings)]
 
 
+def building_names(buildings):
+    """Names of buildings, which sort like their numbers."""
+    digits = max(2, len(str(buildings - 1)))
+    return [f"room_{i:0{digits}d}" for i in range(buildings)]
+
+
 def view_path(root, domain, building, point, view):
     """<root>/<domain>/<building>/point_P_view_V_domain_<domain>.png"""
     return Path(root, domain, building, f"point_{point}_view_{view}_domain_{domain}.png")
@@ -133,8 +139,7 @@ def render_rooms(
         "renderer_version": RENDERER_VERSION, "buildings": int(buildings), "views": int(views),
         "size": int(size), "seed": int(seed), "heterogeneity": float(heterogeneity),
     })  # fmt: skip
-    digits = max(2, len(str(buildings - 1)))
-    names = [f"room_{i:0{digits}d}" for i in range(buildings)]
+    names = building_names(buildings)
     counts = view_counts(buildings, views, seed)
     jobs = []
     for i, (name, count) in enumerate(zip(names, counts, strict=True)):
