@@ -64,14 +64,16 @@ def test_the_schema_lists_every_field_of_config_json():
 @pytest.mark.parametrize("name", ["rounds.csv", "affinity.csv"])
 def test_the_schema_lists_every_column_of_csv_files(name):
     """Each column is in a row of the schema, and each row is a column of some file."""
-    rows = {re.sub("<task>", "[a-z]", row).replace("<learner>", "[0-9]+")
+    kinds = {"<task>": "[a-z]", "<learner>": "[0-9]+", "<kind>": "[a-z]+"}
+    rows = {re.sub("<[a-z]+>", lambda found: kinds[found[0]], row)
             for row in listed(name, rows=True)}  # fmt: skip
     heads = [path.open().readline().strip().split(",") for path in committed(name)]
     assert len(heads) >= 8
     found = {column: {row for row in rows if re.fullmatch(row, column)}
              for head in heads for column in head}  # fmt: skip
     assert all(found.values()), [column for column, row in found.items() if not row]
-    of_rules = {"weight_[a-z]", "group_[a-z]", "pi_[0-9]+"}
+    of_rules = {"weight_[a-z]", "group_[a-z]", "pi_[0-9]+", "cos_[a-z]_[a-z]"}
+    of_rules |= {f"{name}_[a-z]+" for name in ("share", "own", "alpha", "beta")}
     assert set().union(*found.values()) | of_rules == rows | of_rules
 
 
