@@ -69,7 +69,7 @@ RULES = {  # fl.method -> what a client or the server does differently; rivals s
     "cagrad": "mas.rivals.cagrad:CAGrad",
     "pcgrad": "mas.rivals.pcgrad:PCGrad",
     "selective": "mas.rivals.selective:Selective",
-    "fedem": "mas.rivals.fedem:FedEM",  # with model.size="mas_core.rules.fedem:small"
+    "fedem": "mas.rivals.fedem:FedEM",  # with model.size="mas_core.rules.fedem:small", see MOVED
     "two_widths": "mas.rivals.two_widths:TwoWidths",
     "few_labels": "mas.rivals.few_labels:FewLabels",
     "update_selection": "mas.rivals.update_selection:UpdateSelection",
@@ -120,7 +120,7 @@ class Data:
 class Model:
     """The network: see models.py for the channels of each size."""
 
-    # A size of the paper's network, or a function (letters, model, table) -> network.
+    # A size of the paper's network, or a function (letters, model, seed, table) -> network.
     size: _one_of("full", "half", "small", "tiny") = "full"
     output_stride: int = 16  # input pixels per pixel of the shared features
     width: Annotated[FiniteFloat, Field(ge=0.1, le=1)] = 1.0  # share of the encoder's channels

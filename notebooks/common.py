@@ -73,11 +73,9 @@ def load(experiment, notebook, preset, seeds, results, data=None, train_missing=
     which = f"; seeds {', '.join(map(str, asked))}" if seeds is None else ""
     print(f"on record: {len(found)} of {len(found) + len(missing)} results{which}")
     if missing:
-        options = f" --seeds {' '.join(map(str, asked))}" if list(asked) != [0] else ""
-        options += "".join(f" --set {key}={value}" for key, value in overrides.items())
         names = ", ".join(f"{method} ({tasks}, seed {seed})" for method, tasks, seed in missing[:4])
         print(f"missing: {names}{' and more' if len(missing) > 4 else ''}")
-        print(f"to train them: mas reproduce {notebook} --preset {preset}{options}")
+        print(f"to train them: {experiments.reproduce_command(notebook, preset, asked, overrides)}")
     return store, found
 
 
@@ -118,6 +116,13 @@ def with_changes(printed, tasks):
     rows = [{"method": method, "metric": metric, "mean": f"{value:.2f}", "std": ""}
             for metric, values in derived.items() for method, value in values.items()]
     return pd.concat([printed, pd.DataFrame(rows)], ignore_index=True).fillna("")
+
+
+def delta_m(found, better, worse, tasks="sdnkt"):
+    """delta-m (%) of a method over its control, by seed, where both are on record."""
+    seeds = sorted({s for m, _, s in found if m == better} & {s for m, _, s in found if m == worse})
+    pairs = {s: [found[m, tasks, s].losses for m in (better, worse)] for s in seeds}
+    return pd.Series({s: tables.delta_m(*losses) for s, losses in pairs.items()}, dtype=float)
 
 
 def mean_std(values, digits=3):

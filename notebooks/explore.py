@@ -41,7 +41,7 @@ def measured(store, tasks, seed, overrides, kind):
         return study, store.affinities(study.all_in_one())
     changed = "" if kind == MEASURES[0] else (
         f" --set fl.affinity={kind} --set fl.measure_rounds={study.settings.fl.measure_rounds}")
-    changed += "".join(f" --set {key}={value}" for key, value in overrides.items())
+    changed += experiments.set_options(overrides)
     raise Missing(f"no record: affinities by {kind} of {tasks}, seed {seed}; to train them:\n"
                   f"mas run all-in-one --tasks {tasks} --preset {store.preset} --seed {seed}{changed}")
 

@@ -220,6 +220,9 @@ def test_delta_m_by_hand():
     assert paper.delta_m(base, base) == 0
     assert paper.baseline("MAS-2 E=5") == "one-by-one E=5"
     assert paper.baseline("all-in-one K=16") == "one-by-one K=16"
+    assert paper.baseline("MAS-2 full m=1") == "one-by-one m=1"
+    assert paper.baseline("MAS-2 alpha=0.1") == "one-by-one alpha=0.1"
+    assert paper.baseline("all-in-one wide clients only") == "one-by-one wide clients only"
     assert paper.baseline("MAS-2 R0=30") == paper.baseline("TAG-2") == "one-by-one"
 
 

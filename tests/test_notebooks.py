@@ -55,6 +55,7 @@ def test_a_notebook_keeps_its_form(path):
     assert not re.findall(r"sys\.path|optim\.|optimizer|\.backward\(|import \*", source)
     ast.parse(re.sub(r"^%.*$", "", source, flags=re.M))
     assert any(is_checked(cell) for cell in code_cells(book))
+    assert not [cell for cell in book.cells if re.fullmatch("[A-Z]*", cell.source)]  # to be written
     text = path.read_text()
     assert not re.findall(r"(?<![\w./:])/(?:home|root|tmp|work|Users|mnt|usr|opt)/[\w.]", text)
 

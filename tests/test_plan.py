@@ -6,6 +6,7 @@ import pytest
 from test_methods import make_record
 
 from mas.paper import plan
+from mas.paper.experiments import NOTEBOOKS
 from mas_core.config import Data, Model
 from mas_core.config import settings as preset_settings
 from mas_core.federated import state_bytes
@@ -85,6 +86,19 @@ def test_recipes_are_walked_to_their_end_without_records(store):
     assert all((trunk, R0) in choice for i in groups for choice in asked.after[i])
     assert len(asked.methods) == 13 and asked.assumed == 9  # HOA, TAG and MAS, three each
     assert not store.results.exists()
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_every_notebook_is_planned_from_nothing(stem, tmp_path):
+    """Recipes that decide by what rounds report find nothing there."""
+    asked = plan.walk([stem], plan.AssumedStore(tmp_path, "smoke"), [0], {})
+    assert bool(asked.trajectories) == bool(NOTEBOOKS[stem])
+
+
+def test_clients_that_deal_the_rooms_anew_have_the_rooms_images():
+    rooms = Trajectory("dk", 0, SMOKE.data, SMOKE.model, SMOKE.fl)
+    dealt = replace(rooms, data=replace(SMOKE.data, source="mas.paper.room_types:alpha_1"))
+    assert plan.images_a_round(dealt) == plan.images_a_round(rooms)
 
 
 def test_what_is_shared_is_counted_once(tmp_path):

@@ -100,6 +100,19 @@ def test_holm_by_hand():
     )
     assert verdicts.holm([0.4, 0.5]).tolist() == [0.8, 0.8]
     assert verdicts.holm([]).tolist() == []
+    assert verdicts.holm([0.01, math.nan, 0.02], size=4)[[0, 2]] == pytest.approx([0.04, 0.06])
+    one = verdicts.paired({0: 1.0, 1: 1.1, 2: 1.2})
+    absent = verdicts.paired({})
+    assert verdicts.corrected([one, absent], size=6)[0].p == pytest.approx(6 * one.p)
+
+
+def test_an_interval_lies_inside_or_not():
+    near = verdicts.paired({0: -0.4, 1: -0.5, 2: -0.6})
+    far = verdicts.paired({0: 3.0, 1: 3.1, 2: 3.2})
+    assert verdicts.inside(near, -1.0).verdict == verdicts.HOLDS  # though clear of zero
+    assert verdicts.inside(near, -0.5, 1.0).verdict == verdicts.OPEN
+    assert verdicts.inside(far, -1.0, 1.0).verdict == verdicts.FAILS
+    assert verdicts.inside(verdicts.paired({0: 0.1}), -1.0).verdict == verdicts.ONE_SEED
 
 
 def test_corrected_verdicts():

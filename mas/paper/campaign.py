@@ -28,6 +28,7 @@ from typing import Any
 from mas_core.config import PRESETS, UserError, settings
 from mas_core.records.store import Store, open_store
 from mas_core.records.trajectory import Trajectory
+from mas_core.tasks import TASK_SETS
 
 from ..run.engine import EngineError, collect
 from ..run.workers import Compute, train_recipes
@@ -85,9 +86,11 @@ TABLE: tuple[Evidence, ...] = (
     Evidence(x.figure_10, range(1), NINE),
     Evidence(x.two_widths, range(5)),
     Evidence(x.few_labels, range(5)),
-    Evidence(x.rivals, range(5), ("erckt", *NINE)),
-    Evidence(x.when_to_split, range(1), ("sdnkt", "erckt")),
+    Evidence(x.rivals, range(5), TASK_SETS),
+    Evidence(x.when_to_split, range(1), TASK_SETS[:2]),
     Evidence(x.heterogeneity, range(5)),
+    Evidence(x.room_types, range(5)),
+    Evidence(x.affinity_measures, range(5), TASK_SETS[:2]),
     Evidence(x.controls, range(10), ("erckt", *NINE)),
     Evidence(x.figure_6, range(10), ("erckt",)),
     Evidence(x.figure_6, range(5), NINE),

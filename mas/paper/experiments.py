@@ -333,6 +333,8 @@ def heterogeneity(
     Student's t; a trend by the difference between the dial's ends.
     """
     recipes: Recipes = {}
+    if settings(store.preset, "sdnkt", overrides).data.source != "rooms":
+        return recipes
     for dial in dials:
         s = study(store, "sdnkt", seed, overrides | {"data.heterogeneity": float(dial)})
         made = {"one-by-one": methods.one_by_one(s), "all-in-one": methods.all_in_one(s),
@@ -462,7 +464,19 @@ def reproduce_command(
     """What to type to train what a notebook asks for."""
     seeds = " ".join(map(str, seeds))
     text = f"mas reproduce {notebook} --preset {preset}" + f" --seeds {seeds}" * (seeds != "0")
-    return text + "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in overrides.items())
+    return text + set_options(overrides)
+
+
+def set_options(overrides: dict[str, Any]) -> str:
+    """Overrides as a command line gives them: " --set fl.local_epochs=2"."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, tuple | list):
+            return ",".join(":".join(map(str, v)) if isinstance(v, tuple | list) else str(v)
+                            for v in value)  # fmt: skip
+        return "none" if value is None else str(value)
+
+    return "".join(f" --set {shlex.quote(f'{k}={text(v)}')}" for k, v in overrides.items())
 
 
 class Missing(LookupError):

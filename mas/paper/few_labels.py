@@ -9,15 +9,15 @@ between. Clients' images differ as ever (heterogeneity 0.7), so no partition is 
 K means the clients that train a task in a round: with fewer labels more clients are drawn
 (`clients_a_round`), so that each task sees about as many labelled images a round at every m, and as
 many as one-by-one. What changes with m is how many losses share a client, and how many clients a
-task has: 32 at m = 5, 12 or 13 at m = 2, 6 or 7 at m = 1. So losses are compared within one m.
+task has: 32 at m = 5, 12 to 14 at m = 2, 6 or 7 at m = 1. So losses are compared within one m.
 Validation and test have all labels of all clients.
 
 Eq. 3 cannot be measured where a client has one loss. MAS splits by the cosines of the encoder
 updates of the tasks' clients instead (`update_cosines`), averaged over the rounds that the split
 reads; then Eq. 4 and the split as ever. At m = 1 these are the cosines of the tasks' mean updates.
 At m = 2 clients that have a task in common are not compared: in a trial of five rounds means over
-shared clients, and updates fitted to them, only gave the ring of kinds back. "MAS-2 full" takes the
-split of full labels (Eq. 3 at m = 5, same seed) in its place, MAS-1 does not split.
+shared clients, and updates fitted to them, only reproduced which tasks share clients. "MAS-2 full"
+takes the split of full labels (Eq. 3 at m = 5, same seed) in its place, MAS-1 does not split.
 
 MaT-FL and FedHCA2 keep a network for each kind of client (`Kinds`): a task's loss is that of the
 kind that has it first. They and the selection of updates continue their schedule, so all-in-one is
@@ -125,7 +125,8 @@ def training(
 ) -> Trajectory:
     """The tasks of `group` trained from scratch by the clients that hold their labels.
 
-    States are kept on the way (and no affinities measured), as others may start from them.
+    The rule measures no affinities: `measure_rounds` only makes that states are kept on the way, as
+    others may start from them.
     """
     pool, K = clients_a_round(s, labels, group)
     data, model = s.settings.data, s.settings.model
@@ -165,13 +166,16 @@ def one_by_one(s: Study, labels: int, restart: bool = False) -> Recipe:
 
 
 def merge_and_split(s: Study, labels: int, splits: int, by: str = "cosines") -> Recipe:
-    """MAS-x with few labels: split by the cosines of updates, or by="full" by Eq. 3 at m = 5."""
+    """MAS-x with few labels: split by the cosines of updates, or by="full" by Eq. 3 at m = 5.
+
+    The cost of "full" leaves out the training with all labels that its split is read from.
+    """
     trunk, mas = training(s, labels), s.settings.mas
     read = min(mas.affinity_rounds, mas.merge_rounds)
     yield [Need(trunk, mas.merge_rounds)]
     if by == "full":
         yield [Need(s.all_in_one(), read)]
-        S = s.affinities(read)
+        S = s.affinities(mas.affinity_rounds, mas.merge_rounds, mas.affinity_at)
     else:
         S = cosines(s.store, trunk, read)
     groups = [s.letters(g) for g in best_split(S, splits).groups]
@@ -190,7 +194,8 @@ def cosines(store: Store, trunk: Trajectory, window: int) -> np.ndarray:
     S = np.zeros((len(trunk.tasks),) * 2)
     for i, a in enumerate(trunk.tasks):
         for j, b in enumerate(trunk.tasks[:i]):
-            known = rows["cos_{}_{}".format(*sorted(a + b))].dropna()
+            column = "cos_{}_{}".format(*sorted(a + b))
+            known = rows[column].dropna() if column in rows else ()
             S[i, j] = S[j, i] = known.mean() if len(known) else 0.0
     return S
 
@@ -198,8 +203,13 @@ def cosines(store: Store, trunk: Trajectory, window: int) -> np.ndarray:
 def few_labels(
     store: Store, seed: int, overrides: dict[str, Any], labels: Iterable[int] = LABELS
 ) -> dict[tuple[str, str, int], Recipe]:
-    """Every method at m = 5, 1 and 2 (or some of them), as ("MAS-2 m=1", "sdnkt", 0)."""
+    """Every method at m = 5, 1 and 2 (or some of them), as ("MAS-2 m=1", "sdnkt", 0).
+
+    None on data other than rooms.
+    """
     s = Study(TASKS, settings(store.preset, TASKS, overrides), seed, store)
+    if s.settings.data.source != "rooms":
+        return {}
     recipes: dict[str, Recipe] = {}
     for m in labels:
         made = with_all_labels(s) if m == len(TASKS) else with_few_labels(s, m)

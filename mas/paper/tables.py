@@ -93,8 +93,9 @@ def _row(method: str, r: MethodResult, base: MethodResult | None) -> dict[str, A
 
 
 def baseline(method: str) -> str:
-    """The one-by-one that a method is compared with: of the same E, K or dial where one varies."""
-    varied = re.search(r" (?:[EK]|dial)=[\d.]+", method)
+    """The one-by-one that a method is compared with: of the same setting where one varies."""
+    varied = re.search(r" (?:(?:[EKm]|dial|alpha)=[\d.]+|all wide|two widths|wide clients only"
+                       "|all narrow)", method)  # fmt: skip
     return "one-by-one" + (varied[0] if varied else "")
 
 

@@ -326,8 +326,22 @@ def clustered(
     return f if seeds > 1 else replace(f, verdict=ONE_SEED, p=NAN, p_equivalent=NAN)
 
 
-def holm(p_values: ArrayLike) -> np.ndarray:
+def inside(finding: Finding, low: float, high: float = math.inf) -> Finding:
+    """A claim that the whole 95 % interval of an effect lies between `low` and `high`.
+
+    It holds if so, does not hold if the interval lies outside, and is open in between.
+    """
+    if math.isnan(finding.low):
+        return finding
+    holds = low < finding.low and finding.high < high
+    fails = finding.high < low or high < finding.low
+    return replace(finding, verdict=HOLDS if holds else FAILS if fails else OPEN, p=NAN)
+
+
+def holm(p_values: ArrayLike, size: int | None = None) -> np.ndarray:
     """p values corrected for their number m (Holm, 1979); NaNs are no tests and stay.
+
+    size: m, where tests that were written down have no p value yet; None: all have.
 
     In ascending order p_(k) becomes the largest of (m - i + 1) p_(i) for i <= k, at most 1.
     Rejecting what is at most alpha then makes any false rejection as rare as alpha, whatever the
@@ -336,19 +350,21 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     p = np.array(p_values, float)
     tested = np.flatnonzero(np.isfinite(p))
     order = tested[np.argsort(p[tested], kind="stable")]
-    factors = np.arange(len(order), 0, -1)
+    factors = (size or len(order)) - np.arange(len(order))
     p[order] = np.minimum(np.maximum.accumulate(factors * p[order]), 1.0)
     return p
 
 
-def corrected(findings: Sequence[Finding], level: float = LEVEL) -> list[Finding]:
-    """The findings of one table with Holm's p values and the verdicts they leave.
+def corrected(
+    findings: Sequence[Finding], level: float = LEVEL, size: int | None = None
+) -> list[Finding]:
+    """The findings of one table with Holm's p values (of `size` tests) and the verdicts they leave.
 
     Two families, each at `level`: all differences of the table, and all equivalences. Intervals
     stay those of single rows.
     """
-    differences = holm([f.p for f in findings])
-    equivalences = holm([f.p_equivalent for f in findings])
+    differences = holm([f.p for f in findings], size)
+    equivalences = holm([f.p_equivalent for f in findings], size)
     result = []
     for f, p, equal in zip(findings, differences.tolist(), equivalences.tolist(), strict=True):
         verdict = f.verdict
