@@ -11,10 +11,11 @@ shares: Dirichlet(alpha, ..., alpha)):
     alpha = 0.1   one or two kinds each
 
 What stays: the images; which points train, validate and test, so that test losses are of the same
-images in the same order as in the preset's records; each client's number of views in train, val
-and test, and how many of its points have one, two or more views. The views of a point go to one client, in a room of one
-kind. At every alpha a client's points come from all buildings, so styles are spread alike and only
-the kinds differ. Labels follow: what is to be seen in a bath is not what is to be seen in a study.
+images in the same order as in the preset's records; each client's number of views in train, val and
+test, and how many of its points have one, two or more views. The views of a point go to one client,
+in a room of one kind. At every alpha a client's points come from all buildings, so styles are
+spread alike and only the kinds differ. Labels follow: what is to be seen in a bath is not what is
+to be seen in a study.
 
 A mix can only be dealt as far as there are rooms. Drawn mixes are fitted to what there is and to
 the sizes of clients (`fitted`) before points are drawn, so that no client is left with the rest.
