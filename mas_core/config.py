@@ -71,9 +71,9 @@ RULES = {  # fl.method -> what a client or the server does differently; rivals s
     "selective": "mas.rivals.selective:Selective",
     "fedem": "mas.rivals.fedem:FedEM",  # with model.size="mas_core.rules.fedem:small", see MOVED
     "two_widths": "mas.rivals.two_widths:TwoWidths",
-    "few_labels": "mas.rivals.few_labels:FewLabels",
+    "label_holders": "mas.rivals.label_holders:LabelHolders",
     "update_selection": "mas.rivals.update_selection:UpdateSelection",
-    "matfl": "mas.rivals.matfl:MaTFL",  # with model.size="mas.rivals.kinds:small_1"
+    "matfl": "mas.rivals.matfl:MaTFL",  # with model.size="mas.rivals.client_kinds:small_1"
     "fedhca2": "mas.rivals.fedhca2:FedHCA2",  # likewise
 }
 MOVED = {"mas_core.rules.fedem": "mas.rivals.fedem"}  # modules named on record, where they are now

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from mas.paper import few_labels as experiment
 from mas.rivals.cagrad import conflict_averse
+from mas.rivals.client_kinds import CLIENT_KINDS, tiny_1, tiny_2
 from mas.rivals.fedhca2 import ADDED, SHARE, SPEED, FedHCA2, attended, followed
-from mas.rivals.few_labels import HELD, OPTION, SENT, TOLD, FewLabels, update_cosines
-from mas.rivals.kinds import KINDS, tiny_1, tiny_2
+from mas.rivals.label_holders import HELD, OPTION, SENT, TOLD, LabelHolders, update_cosines
 from mas.rivals.matfl import MaTFL, mixing_weights
 from mas.rivals.update_selection import selected
 from mas.run.engine import collect
@@ -27,7 +27,7 @@ from mas_core.records.training import train
 from mas_core.tasks import TASKS, Batch, task_losses
 
 PLAIN = FL(batch_size=4)
-MINE = replace(PLAIN, method="few_labels")
+MINE = replace(PLAIN, method="label_holders")
 
 
 def only(batch, held):
@@ -74,7 +74,7 @@ def test_with_every_label_it_is_all_in_one(trajectory, opened, settings):
         return state, made
 
     usual, round_ = after_two_rounds("fedavg")
-    mine, told = after_two_rounds("few_labels")
+    mine, told = after_two_rounds("label_holders")
     assert told.losses == pytest.approx(round_.losses, rel=1e-6)
     assert told.reported["share_d"] == pytest.approx(1)
     assert np.isnan(told.reported["cos_d_k"])  # all clients hold both
@@ -90,7 +90,7 @@ def test_encoder_over_all_and_a_decoder_over_those_who_trained_it():
     names = {"encoder__w": [4.0, 0.0], "decoders__d__w": [1.0, 1.0], "decoders__k__w": [9.0, 9.0]}
     other = {"encoder__w": [0.0, 8.0], "decoders__d__w": [5.0, 1.0]}
     third = {"encoder__w": [0.0, 0.0], "decoders__n__w": [0.0, 0.0]}
-    new = FewLabels.average([
+    new = LabelHolders.average([
         returned(sent, 0.25, "dk", "dkn", **names),
         returned(sent, 0.5, "d", "dkn", **other),
         returned(sent, 0.25, "", "dkn", **third),
@@ -100,7 +100,7 @@ def test_encoder_over_all_and_a_decoder_over_those_who_trained_it():
     assert new["decoders.k.w"].tolist() == [9.0, 9.0]
     assert new["decoders.n.w"].tolist() == [0.0, 0.0]  # nobody
     assert not [n for n in new if n.startswith((HELD, SENT))]
-    told = FewLabels.report(new, "dkn")
+    told = LabelHolders.report(new, "dkn")
     assert {a: told[f"share_{a}"] for a in "dkn"} == {"d": 0.75, "k": 0.25, "n": 0.0}
     assert np.isnan(told["cos_d_n"]) and list(told) == sorted(told)
 
@@ -191,18 +191,18 @@ def test_a_client_sends_the_selection_of_its_encoder_update(batch):
 @pytest.mark.parametrize(("network", "labels"), [(tiny_1, 1), (tiny_2, 2)])
 def test_every_kind_serves_its_first_task(network, labels):
     net = network("sdnkt", Model("tiny", output_stride=4), 3, TASKS).eval()
-    assert list(net.kinds) == list(KINDS[labels])
+    assert list(net.kinds) == list(CLIENT_KINDS[labels])
     for own in net.kinds.values():  # the seed's initial weights, as ever
         usual = MultiTaskNet(own.tasks, "tiny", 4, seed=3).state_dict()
         assert all(torch.equal(t, usual[n]) for n, t in own.state_dict().items())
     with torch.no_grad():
-        for p in net.kinds[KINDS[labels][3]].parameters():
+        for p in net.kinds[CLIENT_KINDS[labels][3]].parameters():
             p.mul_(1.5)
         image = torch.rand(2, 3, 16, 16)
         found = net(image)
         assert list(found) == list("sdnkt")
-        assert torch.equal(found["k"], net.kinds[KINDS[labels][3]](image)["k"])
-        assert torch.equal(found["n"], net.kinds[KINDS[labels][2]](image)["n"])
+        assert torch.equal(found["k"], net.kinds[CLIENT_KINDS[labels][3]](image)["k"])
+        assert torch.equal(found["n"], net.kinds[CLIENT_KINDS[labels][2]](image)["n"])
         assert not torch.equal(found["k"], MultiTaskNet("k", "tiny", 4, seed=3).eval()(image)["k"])
 
 
@@ -344,7 +344,7 @@ def test_the_split_reads_the_cosines_on_record():
     assert S.tolist() == [[0, pytest.approx(0.2), 0], [pytest.approx(0.2), 0, 0.5], [0, 0.5, 0]]
 
 
-@pytest.mark.parametrize("method", ["few_labels", "update_selection", "matfl", "fedhca2"])
+@pytest.mark.parametrize("method", ["label_holders", "update_selection", "matfl", "fedhca2"])
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(method, folder, tmp_path, settings):
     found = []
     for results, stops in (("whole", [4]), ("stopped", [1, 3, 4])):

@@ -1,10 +1,10 @@
 """Clients that hold one task's labels: what is left of merging and splitting with few labels.
 
 Every client of sdnkt has labels of m tasks, m = 1, 2 or 5: client k those of kind k mod 5 of
-`KINDS`, whatever the seed (m = 5: all of them, the paper's setting and its records). In the terms
-of FMTL-Bench (Yang et al., 2024) m = 5 is the partition of multi-task clients and m = 1 one task a
-client. Its mixed partition, single-task clients beside multi-task ones, is not run; m = 2 lies
-between. Clients' images differ as ever (heterogeneity 0.7), so no partition is IID in its images.
+`CLIENT_KINDS`, whatever the seed (m = 5: all of them, the paper's setting and its records). In
+the terms of FMTL-Bench (Yang et al., 2024) m = 5 is the partition of multi-task clients and m = 1
+one task a client. Its mixed partition, single-task clients beside multi-task ones, is not run;
+m = 2 lies between. Clients' images differ as ever (heterogeneity 0.7), so no partition is IID in its images.
 
 K means the clients that train a task in a round: with fewer labels more clients are drawn
 (`clients_a_round`), so that each task sees about as many labelled images a round at every m, and as
@@ -67,13 +67,13 @@ from mas_core.records.study import Study
 from mas_core.split import best_split
 from mas_core.tasks import Batch
 
-from ..rivals.kinds import KINDS
+from ..rivals.client_kinds import CLIENT_KINDS
 
 TASKS = "sdnkt"
 LABELS = (5, 1, 2)  # m, in order of worth
 # Names on record: a module that moves keeps its old name there.
 SOURCE = "mas.paper.few_labels:labels_{}"
-NETWORK = "mas.rivals.kinds:{}_{}"
+NETWORK = "mas.rivals.client_kinds:{}_{}"
 PERSONAL = ("matfl", "fedhca2")  # fl.method of those whose network is `Kinds`
 
 
@@ -103,7 +103,7 @@ labels_1, labels_2 = partial(_open, 1), partial(_open, 2)
 
 def held_by(client: int, labels: int) -> str:
     """The tasks that a client holds, of sdnkt."""
-    return TASKS if labels == len(TASKS) else KINDS[labels][client % len(TASKS)]
+    return TASKS if labels == len(TASKS) else CLIENT_KINDS[labels][client % len(TASKS)]
 
 
 def clients_a_round(s: Study, labels: int, group: str) -> tuple[tuple[int, ...] | None, int]:
@@ -121,7 +121,7 @@ def clients_a_round(s: Study, labels: int, group: str) -> tuple[tuple[int, ...] 
 
 
 def training(
-    s: Study, labels: int, group: str = TASKS, method: str = "few_labels", **more: Any
+    s: Study, labels: int, group: str = TASKS, method: str = "label_holders", **more: Any
 ) -> Trajectory:
     """The tasks of `group` trained from scratch by the clients that hold their labels.
 
@@ -233,7 +233,7 @@ def with_all_labels(s: Study) -> dict[str, Recipe]:
 def with_few_labels(s: Study, m: int) -> dict[str, Recipe]:
     return {
         "one-by-one": one_by_one(s, m),
-        "all-in-one": of_all(s, m, "few_labels", "all-in-one"),
+        "all-in-one": of_all(s, m, "label_holders", "all-in-one"),
         "one-by-one restarted": one_by_one(s, m, restart=True),
         "MAS-1": merge_and_split(s, m, 1),
         "MAS-2": merge_and_split(s, m, 2),
@@ -246,5 +246,5 @@ def with_few_labels(s: Study, m: int) -> dict[str, Recipe]:
 
 def of_all(s: Study, labels: int, method: str, name: str) -> Recipe:
     """All tasks trained together by one method."""
-    keep = {} if method == "few_labels" else {"measure_rounds": 0}
+    keep = {} if method == "label_holders" else {"measure_rounds": 0}
     return (yield from trained(s, name, [training(s, labels, method=method, **keep)]))

@@ -9,8 +9,8 @@ from mas_core.config import FL
 from mas_core.models import State
 
 from .cagrad import conflict_averse
-from .few_labels import OPTION, TOLD, flat, parameters
-from .kinds import Personal
+from .client_kinds import Personal
+from .label_holders import OPTION, TOLD, flat, parameters
 
 ADDED, SHARE, SPEED = "fedhca2.added.", "fedhca2.share.", "fedhca2.speed."
 

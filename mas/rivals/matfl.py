@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from mas_core.config import FL
 from mas_core.models import State
 
-from .few_labels import OPTION, TOLD, cosines_of, flat
-from .kinds import Personal
+from .client_kinds import Personal
+from .label_holders import OPTION, TOLD, cosines_of, flat
 
 
 class MaTFL(Personal):

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from mas_core.models import State
 
-from .few_labels import FewLabels, parameters
+from .label_holders import LabelHolders, parameters
 
 
-class UpdateSelection(FewLabels):
+class UpdateSelection(LabelHolders):
     """Of every tensor's update the share `keep` with the largest magnitude is kept and rescaled.
 
     Written from the description of FedDEA (Wei et al., "Towards Unified Modeling in Federated
     Multi-Task Learning via Subspace Decoupling", arXiv 2505.24185), whose abstract says that
     dimensions relevant to a task are identified by the strength of the local updates, and rescaled.
     The paper's text was not at hand: this is not FedDEA, and `keep` (0.3) is a choice of our own.
-    The rest, BatchNorm's statistics and decoders included, is averaged as in `FewLabels`.
+    The rest, BatchNorm's statistics and decoders included, is averaged as in `LabelHolders`.
     """
 
     def travelling(self) -> State:

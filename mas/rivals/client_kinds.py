@@ -13,10 +13,10 @@ from mas_core.config import Model
 from mas_core.models import MultiTaskNet, State
 from mas_core.tasks import TaskTable
 
-from .few_labels import TOLD, FewLabels, holders, mean_of, received
+from .label_holders import TOLD, LabelHolders, holders, mean_of, received
 
 # What a client may hold of sdnkt, one or two labels; every kind serves its first task.
-KINDS = {1: ("s", "d", "n", "k", "t"), 2: ("sd", "dn", "nk", "kt", "ts")}
+CLIENT_KINDS = {1: ("s", "d", "n", "k", "t"), 2: ("sd", "dn", "nk", "kt", "ts")}
 
 
 class Kinds(nn.Module):
@@ -33,7 +33,7 @@ class Kinds(nn.Module):
         self.tasks, self.table = letters, table
         self.kinds = nn.ModuleDict({
             kind: MultiTaskNet(kind, size, model.output_stride, seed, table)
-            for kind in KINDS[labels]
+            for kind in CLIENT_KINDS[labels]
         })  # fmt: skip
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ full_2, half_2, small_2, tiny_2 = (
 )
 
 
-class Personal(FewLabels):
+class Personal(LabelHolders):
     """A client trains the network of its kind; the server averages it over the kind's clients.
 
     `mixed` is what a method does between kinds. A kind without a client in a round stays. For a

@@ -22,7 +22,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 Clients = list[tuple[State, float]]  # what a client returned, and its p_k
 
 
-class FewLabels(FedAvg):
+class LabelHolders(FedAvg):
     """A client trains on sum_i L_i over the tasks that its batches have targets of.
 
     The decoders of other tasks are not run. The server averages the encoder over all clients of
