@@ -4,7 +4,8 @@ Every client of sdnkt has labels of m tasks, m = 1, 2 or 5: client k those of ki
 `CLIENT_KINDS`, whatever the seed (m = 5: all of them, the paper's setting and its records). In
 the terms of FMTL-Bench (Yang et al., 2024) m = 5 is the partition of multi-task clients and m = 1
 one task a client. Its mixed partition, single-task clients beside multi-task ones, is not run;
-m = 2 lies between. Clients' images differ as ever (heterogeneity 0.7), so no partition is IID in its images.
+m = 2 lies between. Clients' images differ as ever (heterogeneity 0.7), so no partition is IID in
+its images.
 
 K means the clients that train a task in a round: with fewer labels more clients are drawn
 (`clients_a_round`), so that each task sees about as many labelled images a round at every m, and as
