@@ -21,7 +21,9 @@ A mix can only be dealt as far as there are rooms. Drawn mixes are fitted to wha
 the sizes of clients (`fitted`) before points are drawn, so that no client is left with the rest.
 
 There is one deal for each alpha, data and `data.split_seed`; training seeds do not change it, as
-they do not change the buildings. Intervals over seeds are of training alone.
+they do not change the buildings. Intervals over seeds are of training alone. A round's clients are
+trained side by side (`fl.arithmetic=grouped`), which is faster; nothing is paired with the records
+of other experiments.
 
 Written down before anything of this was trained. One seed of the smoke preset, six buildings whose
 clients cannot be kept to a kind or two, has checked the code since and changed nothing.
@@ -184,7 +186,7 @@ def room_types(
     recipes: dict[tuple[str, str, int], methods.Recipe] = {}
     usual = settings(store.preset, TASKS, overrides)
     for name, alpha in ALPHAS.items() if usual.data.source == "rooms" else ():
-        own = {"data.source": SOURCE.format(name),
+        own = {"data.source": SOURCE.format(name), "fl.arithmetic": "grouped",
                "fl.measure_rounds": usual.mas.affinity_rounds}  # fmt: skip
         s = Study(TASKS, settings(store.preset, TASKS, overrides | own), seed, store)
         made = {
