@@ -6,10 +6,11 @@
 Each case is trained on one batch that lies on the GPU:
 
     fp32        eager float32, plain strides, unfused SGD (the reference; no TF32)
-    eager       bfloat16 autocast, channels_last, fused SGD
+    eager       channels_last, fused SGD, bfloat16 autocast where images are large
     compiled    the same with encoder and decoders through torch.compile
     graph       eager, the whole step captured in a CUDA graph and replayed
     as trained  `local_update`: eager for large batches, a graph for small ones
+    measuring   the same, affinities (Eq. 3) measured on every fifth batch
 
 A variant that fails on some version of PyTorch is reported and leaves the others alone.
 """
@@ -27,7 +28,13 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mas.run.cuda_graph import Capture, GraphedStep, capture_graph, run_eagerly
+from mas.run.cuda_graph import (
+    Capture,
+    CapturedSteps,
+    GraphedStep,
+    capture_graph,
+    run_eagerly,
+)
 from mas_core.config import FL
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
@@ -46,15 +53,19 @@ SMOKE = {"five tasks, tiny": ("sdnkt", "tiny", 4, 32, 2, 2)}
 REFERENCE = "fp32"
 
 
-def measure_case(name: str, case: tuple, device: torch.device, repeats: int) -> tuple[list, dict]:
+def measure_case(
+    name: str, case: tuple, device: torch.device, repeats: int, without: Iterable[str] = ()
+) -> tuple[list, dict]:
     """Rows of speed against fp32, and busy shares and failures by variant."""
     tasks, size, stride, pixels, batch_size, steps = case
     batch = _to(random_batch(tasks, batch_size, pixels), device)
     net = MultiTaskNet(tasks, size, stride).to(device).train()
     makers = {REFERENCE: _fp32, "eager": partial(_steps, run_eagerly), "compiled": _compiled,
-              "graph": partial(_steps, capture_graph), "as trained": _as_trained}  # fmt: skip
+              "graph": partial(_steps, capture_graph), "as trained": partial(_as_trained, False),
+              "measuring": partial(_as_trained, True)}  # fmt: skip
+    makers = {variant: make for variant, make in makers.items() if variant not in without}
     if device.type != "cuda":
-        del makers["graph"]
+        makers.pop("graph", None)
     actions: dict[str, Callable[[], None]] = {}
     about_it: dict[str, dict] = {}
     for variant, make in makers.items():
@@ -100,9 +111,11 @@ def _fp32(net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
     return train
 
 
-def _as_trained(net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
-    net, batch = net.to(memory_format=torch.channels_last), _last(batch)
-    return lambda steps: _done(local_update(net, [batch] * steps, FL(), LR))
+def _as_trained(measure: bool, net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
+    net, capture = net.to(memory_format=torch.channels_last), CapturedSteps()
+    return lambda steps: _done(
+        local_update(net, [batch] * steps, FL(), LR, measure, capture=capture)
+    )
 
 
 def _steps(capture: Capture, net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
@@ -112,7 +125,7 @@ def _steps(capture: Capture, net: MultiTaskNet, batch: Batch) -> Callable[[int],
 
     def train(steps: int) -> None:
         for _ in range(steps):
-            step(batch)
+            step(batch, False, wall)
 
     return train
 
@@ -179,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Samples per second on a GPU.")
     parser.add_argument("--smoke", action="store_true", help="a tiny size on the CPU")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without", nargs="*", default=[], help="variants left out: compiled, ...")
     parser.add_argument("--results", type=Path, default=Path("results"))
     asked = parser.parse_args(arguments)
     if not asked.smoke and not torch.cuda.is_available():
@@ -188,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases, repeats = (SMOKE, 1) if asked.smoke else (CASES, asked.repeats)
     rows, figures = [], {}
     for name, case in cases.items():
-        found, figures[name] = measure_case(name, case, device, repeats)
+        found, figures[name] = measure_case(name, case, device, repeats, asked.without)
         print(table(found), flush=True)
         for variant, figure in figures[name].items():
             if "failed" in figure:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import outside
-from .models import MultiTaskNet, TaskPass, forward_tasks, gradient_at_features
+from .models import MultiTaskNet, TaskPass, autocast, forward_tasks, gradient_at_features
 from .tasks import Batch, task_losses
 
 Gradient = list[Tensor]  # one tensor per parameter of the encoder
@@ -106,25 +106,25 @@ def encoder_gradients(
 
     Fills the encoder's `.grad` with the training gradient exactly as a step without measuring
     would: one backward pass carries the sum, n - 1 carry a task each, and the task with the
-    largest gradient is the difference, where rounding matters least.
+    largest gradient is the difference, where rounding matters least. A GPU makes n + 1 passes: to
+    know that task, it would have to be waited for.
     """
-    parameters = list(model.encoder.parameters())
-    last = int(torch.stack([g.float().norm() for g in at_features]).argmax())
-    total = gradient_at_features(at_features, scale)
+    parameters, last = list(model.encoder.parameters()), None
+    if not step.features.is_cuda:
+        last = int(torch.stack([g.float().norm() for g in at_features]).argmax())
     singles = [
-        None
-        if i == last
+        None if i == last
         else torch.autograd.grad(step.features, parameters, g * scale, retain_graph=True)
         for i, g in enumerate(at_features)
-    ]
+    ]  # fmt: skip
     for p in parameters:
         p.grad = None
-    step.features.backward(total)
-    rest = [p.grad.clone() for p in parameters]
-    for single in singles:
-        if single is not None:
+    step.features.backward(gradient_at_features(at_features, scale))
+    if last is not None:
+        rest = [p.grad.clone() for p in parameters]
+        for single in filter(None, singles):
             torch._foreach_sub_(rest, single)
-    singles[last] = rest
+        singles[last] = rest
     return singles
 
 
@@ -138,25 +138,20 @@ def lookahead(
     diagonal: bool = False,
 ) -> Tensor:
     """Eq. 3 from the losses (n,) before the step and the encoder gradients of every task."""
-    names = [name for name, _ in model.encoder.named_parameters()]
-    parameters = list(model.encoder.parameters())
-    S = torch.full((len(losses),) * 2, torch.nan, device=losses.device)
-    with (
-        frozen_statistics(model),
-        torch.autocast("cuda", torch.bfloat16, enabled=batch.image.is_cuda),
-    ):
+    names, parameters = zip(*model.encoder.named_parameters())
+    rows, nan = [], losses.new_full((1,), torch.nan)
+    with frozen_statistics(model), autocast(batch.image):
         for i in range(len(losses)):
             stepped = torch._foreach_sub(parameters, torch._foreach_mul(gradients[i], lr))
-            features = torch.func.functional_call(
-                model.encoder, dict(zip(names, stepped, strict=True)), (batch.image,)
-            )
-            receivers = [j for j in range(len(losses)) if diagonal or j != i]
-            outputs = {model.tasks[j]: model.decoders[model.tasks[j]](features) for j in receivers}
-            if outputs:
-                before, after = losses[receivers], task_losses(outputs, batch)
-                # A batch without a labelled pixel has loss 0 before and after: no affinity.
-                S[i, receivers] = torch.where(before > 0, 1 - after / before, 0.0)
-    return S
+            weights = dict(zip(names, stepped, strict=True))
+            features = torch.func.functional_call(model.encoder, weights, (batch.image,))
+            receivers = [a for j, a in enumerate(model.tasks) if diagonal or j != i]
+            outputs = {a: model.decoders[a](features) for a in receivers}
+            after = task_losses(outputs, batch) if outputs else nan[:0]
+            rows.append(after if diagonal else torch.cat([after[:i], nan, after[i:]]))
+    # A batch without a labelled pixel has loss 0 before and after: no affinity.
+    S = torch.where(losses > 0, 1 - torch.stack(rows) / losses, 0.0)
+    return S if diagonal else S.fill_diagonal_(torch.nan)
 
 
 @contextmanager

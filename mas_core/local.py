@@ -25,7 +25,7 @@ class LocalResult:
     samples: int  # images trained on, E epochs together
     affinity: Tensor | None  # (n, n) mean over the measured steps
     measurements: int
-    affinity_seconds: float  # with the encoder's backward pass that training needs anyway
+    affinity_seconds: float  # with the encoder's backward pass; of captured steps, all
     travelling: State  # what the method sends beside the weights
     unsent: int = 0  # bytes of the server's state that neither reach this client nor come back
 
@@ -61,7 +61,7 @@ def local_update(
     itself is bit-identical with and without.
 
     state    what the server sent, with what the method keeps in it
-    capture  (net, batch, fl, scale) -> a step captured for batches of this shape, or None
+    capture  (net, batch, fl, scale, measure) -> a captured step for such batches, or None
     clock    seconds, the device's queue emptied
     client   its index, for methods that treat clients differently
     """
@@ -71,25 +71,25 @@ def local_update(
         raise ValueError("a client has no training images")
     rule = rule_of(fl)(net, fl, state or {})
     net = rule.network(client).train()
-    captured = capture(net, first, fl, rule.scale) if capture and rule.captured else None
-    if captured:
-        captured.begin(lr)
-    optimizer = captured.optimizer if captured else sgd(net.parameters(), lr, fl)
+    captured = capture and rule.captured and capture(net, first, fl, rule.scale, measure)
+    optimizer = captured.begin(lr) if captured else sgd(net.parameters(), lr, fl)
     losses, affinities, samples, affinity_seconds = [], [], 0, 0.0
 
     def measuring(forward: TaskPass, at_features: list[Tensor]) -> None:
         nonlocal affinity_seconds
         begin = clock()
-        affinities.append(
-            measured_step(net, batch, forward, at_features, lr, rule.scale, fl.affinity)
-        )
+        S = measured_step(net, batch, forward, at_features, lr, rule.scale, fl.affinity)
+        affinities.append(S)
         affinity_seconds += clock() - begin
 
     for step, batch in enumerate(chain([first], batches)):
         samples += len(batch)
         measured = measure and step % fl.affinity_every == 0
-        if captured and not measured and batch.image.shape == first.image.shape:
-            losses.append(captured(batch))
+        if captured and batch.image.shape == first.image.shape:
+            before, S, seconds = captured(batch, measured, clock)
+            losses.append(before)
+            affinities += [S] * measured
+            affinity_seconds += seconds
         else:
             losses.append(rule.step(batch, optimizer, measuring if measured else None))
     return LocalResult(

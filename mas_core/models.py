@@ -251,9 +251,14 @@ def gradient_at_features(at_features: list[Tensor], scale: float = 1.0) -> Tenso
     return total if scale == 1.0 else total * scale
 
 
+def autocast(image: Tensor) -> torch.autocast:
+    """bfloat16 matrix arithmetic on a GPU, float32 where images are too small to gain by it."""
+    return torch.autocast("cuda", torch.bfloat16, image.is_cuda and image.shape[-1] > 64)
+
+
 def forward_tasks(net: MultiTaskNet, batch: Batch) -> TaskPass:
-    """Run `net` on a batch; bfloat16 matrix arithmetic on a GPU, float32 losses everywhere."""
-    with torch.autocast("cuda", torch.bfloat16, enabled=batch.image.is_cuda):
+    """Run `net` on a batch, its matrix arithmetic by `autocast`; losses are float32."""
+    with autocast(batch.image):
         features = net.encoder(batch.image)
         handles = [features.detach().requires_grad_() for _ in net.tasks]
         outputs = {a: net.decoders[a](z) for a, z in zip(net.tasks, handles, strict=True)}

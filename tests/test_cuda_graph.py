@@ -34,9 +34,9 @@ def assert_same_weights(a, b):
 def stand_in():
     """Captured steps that run eagerly; `stand_in.built` lists those that were built."""
 
-    def capture(net, batch, fl, scale):
+    def capture(net, batch, fl, scale, measure):
         if not capture.built:
-            capture.built.append(GraphedStep(net, batch, fl, scale, run_eagerly))
+            capture.built.append(GraphedStep(net, batch, fl, scale, measure, run_eagerly))
         return capture.built[0]
 
     capture.built = []
@@ -62,17 +62,35 @@ def test_captured_steps_train_to_the_same_bits(net, batches, stand_in, fl, measu
     assert_same_weights(net, other)
     assert torch.equal(result.step_losses, expected.step_losses)
     assert result.samples == expected.samples == 27
+    assert result.measurements == expected.measurements
     if measure:
+        assert result.measurements == len(range(0, 7, fl.affinity_every))
         assert torch.equal(result.affinity.nan_to_num(), expected.affinity.nan_to_num())
+        assert 0 < result.affinity_seconds < 60
 
 
-def test_a_replay_that_computes_something_else_is_refused(net, batches):
+@pytest.mark.parametrize("measure", [False, True])
+def test_a_replay_that_computes_something_else_is_refused(net, batches, measure):
     def forgetful(step):
         losses = step()
         return lambda: losses, losses  # trains nothing
 
     with pytest.raises(AssertionError, match="not close"):
-        GraphedStep(net, batches[0], PLAIN, capture=forgetful)
+        GraphedStep(net, batches[0], PLAIN, measure=measure, capture=forgetful)
+
+
+def test_a_replay_that_measures_something_else_is_refused(net, batches):
+    def blind(step):
+        found = step()
+
+        def launch():
+            found.copy_(step())
+            found[3:] = 0  # the affinities
+
+        return launch, found
+
+    with pytest.raises(AssertionError, match="not close"):
+        GraphedStep(net, batches[0], PLAIN, measure=True, capture=blind)
 
 
 def test_a_capture_that_fails_leaves_the_network_as_it_was(net, batches):
@@ -88,4 +106,4 @@ def test_a_capture_that_fails_leaves_the_network_as_it_was(net, batches):
 
 
 def test_nothing_is_captured_without_a_gpu(net, batches):
-    assert CapturedSteps()(net, batches[0], PLAIN, 1.0) is None
+    assert CapturedSteps()(net, batches[0], PLAIN, 1.0, False) is None

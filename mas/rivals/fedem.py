@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mas_core.config import FL, Model, stream_seed
 from mas_core.fedavg import FedAvg
-from mas_core.models import MultiTaskNet, State, TaskPass
+from mas_core.models import MultiTaskNet, State, TaskPass, autocast
 from mas_core.tasks import Batch, TaskTable, task_losses
 
 
@@ -77,7 +77,7 @@ class FedEM(FedAvg):
         measure: Callable[[TaskPass, list[Tensor]], None] | None = None,
     ) -> Tensor:
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=batch.image.is_cuda):
+        with autocast(batch.image):
             outputs = [net(batch.image) for net in self.net.learners]
         losses = torch.stack([image_losses(out, batch) for out in outputs])  # (M, B, n)
         q = responsibilities(self.net.pi, losses.detach().sum(2))

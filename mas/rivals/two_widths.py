@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mas_core.config import FL, UserError, stream
 from mas_core.fedavg import FedAvg, weighted_mean
-from mas_core.models import MultiTaskNet, State, build
+from mas_core.models import MultiTaskNet, State, autocast, build
 
 HELD = "two_widths.held."  # + name: 1 for the entries that a client trained, 0 for the others
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -87,7 +87,7 @@ class TwoWidths(FedAvg):
         for k in range(len(data.names)) if fl.clients is None else fl.clients:
             drawn = data.epoch(k, net.tasks, fl.batch_size, stream(0, "statistics", k), device)
             for batch in islice(drawn, int(fl.option("batches", 2))):
-                with torch.autocast("cuda", torch.bfloat16, enabled=batch.image.is_cuda):
+                with autocast(batch.image):
                     net(batch.image)
         for m, momentum in zip(norms, usual, strict=True):
             m.momentum = momentum

@@ -1,7 +1,8 @@
 """A training step captured in a CUDA graph: one launch where a small network needs hundreds.
 
 At 32 px a GPU computes a step faster than the CPU can launch its kernels. A captured step is
-replayed on the same memory: batches and the learning rate are copied in, losses are copied out.
+replayed on the same memory: batches and the learning rate are copied in, losses and affinities are
+copied out.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from mas_core.affinity import measured_step
 from mas_core.config import FL
 from mas_core.local import sgd
 from mas_core.models import MultiTaskNet, forward_tasks, gradient_at_features
@@ -48,86 +51,110 @@ def run_eagerly(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tenso
 
 
 class GraphedStep:
-    """SGD steps of one network in training on batches of one shape.
+    """SGD steps of one network in training on batches of one shape; with `measure`, affinities too.
 
     Weights, statistics and momentum are updated in place. Building it leaves the network as it was,
-    and raises where the second of two replayed steps has other losses than run step by step.
+    and raises where the second of two replayed steps has other losses or affinities than run step
+    by step.
     """
 
     def __init__(
-        self, net: MultiTaskNet, batch: Batch, fl: FL, scale: float = 1.0,
+        self, net: MultiTaskNet, batch: Batch, fl: FL, scale: float = 1.0, measure: bool = False,
         capture: Capture = capture_graph,
     ) -> None:  # fmt: skip
         self.lr = torch.zeros((), device=batch.image.device)
         self.optimizer = sgd(net.parameters(), self.lr, fl)
-        self._batch = copy.deepcopy(batch)
+        self._batch, self._n = copy.deepcopy(batch), len(net.tasks)
 
-        def step() -> Tensor:
+        def step(measured: bool) -> Tensor:  # losses, then affinities
             self.optimizer.zero_grad()
             forward = forward_tasks(net, self._batch)
-            at_features = forward.backward_decoders()
-            forward.features.backward(gradient_at_features(at_features, scale))
+            at_features, S = forward.backward_decoders(), self.lr.new_empty(0)
+            if measured:
+                S = measured_step(
+                    net, self._batch, forward, at_features, self.lr, scale, fl.affinity
+                )
+            else:
+                forward.features.backward(gradient_at_features(at_features, scale))
             self.optimizer.step()
-            return forward.losses.detach()
+            return torch.cat([forward.losses.detach(), S.flatten()])
 
         state = [(t, t.clone()) for t in net.state_dict().values()]
 
-        def restore() -> None:
+        def second(run: Callable[[], Tensor]) -> Tensor:
             with torch.no_grad():
                 for tensor, kept in state:
                     tensor.copy_(kept)
-
-        def second(run: Callable[[], Tensor]) -> Tensor:
-            restore()
             self.begin(0.01)
             run()
-            return run()
+            return run().clone()
 
+        self._captured, checks = {}, []
         try:
-            self._replay, self._losses = capture(step)
-            replayed, run = second(lambda: self(batch)), second(step).clone()
+            for measured in (False, True) if measure else (False,):
+                run = partial(step, measured)
+                self._captured[measured] = capture(run)
+                checks.append((second(partial(self._replay, batch, measured)), second(run)))
         finally:
-            restore()
-        torch.testing.assert_close(replayed, run, rtol=0.02, atol=1e-3)
+            with torch.no_grad():
+                for tensor, kept in state:
+                    tensor.copy_(kept)
+        for replayed, run in checks:
+            torch.testing.assert_close(replayed, run, rtol=0.02, atol=1e-3, equal_nan=True)
 
-    def begin(self, lr: float) -> None:
-        """Start a client: this learning rate, no momentum."""
+    def begin(self, lr: float) -> torch.optim.SGD:
+        """Start a client: this learning rate, no momentum; returns the optimiser of all steps."""
         self.lr.fill_(lr)
         for state in self.optimizer.state.values():
             if state.get("momentum_buffer") is not None:
                 state["momentum_buffer"].zero_()
+        return self.optimizer
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """One step on a batch of the same shape; returns its losses before the step, (n,)."""
+    def __call__(
+        self, batch: Batch, measured: bool, clock: Callable[[], float]
+    ) -> tuple[Tensor, Tensor | None, float]:
+        """One step on a batch of the same shape.
+
+        Returns its losses before the step (n,) and, where measured, affinities (n, n) and the
+        seconds of the whole step.
+        """
+        if not measured:
+            return self._replay(batch, False).clone(), None, 0.0
+        began = clock()
+        losses, S = self._replay(batch, True).clone().split((self._n, self._n**2))
+        return losses, S.view(self._n, self._n), clock() - began
+
+    def _replay(self, batch: Batch, measured: bool) -> Tensor:
         self._batch.image.copy_(batch.image)
         self._batch.mask.copy_(batch.mask)
         for a, target in self._batch.targets.items():
             target.copy_(batch.targets[a])
-        self._replay()
-        return self._losses.clone()
+        launch, found = self._captured[measured]
+        launch()
+        return found
 
 
 class CapturedSteps:
     """The captured steps of networks by the shape of their batches; handed to `local_update`.
 
-    Called as (net, batch, fl, scale). None where capturing does not pay (no GPU, large batches)
-    and, with a warning, where it fails.
+    Called as (net, batch, fl, scale, measure). None where capturing does not pay (no GPU, large
+    batches) and, with a warning, where it fails.
     """
 
     def __init__(self) -> None:
         self._of: WeakKeyDictionary[MultiTaskNet, dict] = WeakKeyDictionary()
 
     def __call__(
-        self, net: MultiTaskNet, batch: Batch, fl: FL, scale: float
+        self, net: MultiTaskNet, batch: Batch, fl: FL, scale: float, measure: bool
     ) -> GraphedStep | None:
         shape = batch.image.shape
         if not batch.image.is_cuda or shape[0] * shape[-1] ** 2 > PIXELS:
             return None
         known = self._of.setdefault(net, {})
-        key = (*shape, fl.momentum, fl.weight_decay, scale)
+        key = (*shape, fl.momentum, fl.weight_decay, scale, measure and fl.affinity)
         if key not in known:
             try:
-                known[key] = GraphedStep(net, batch, fl, scale)
+                known[key] = GraphedStep(net, batch, fl, scale, measure)
             except Exception as error:  # what a driver, card or version cannot capture
                 warnings.warn(f"training without a CUDA graph: {error}", stacklevel=2)
                 known[key] = None

@@ -66,6 +66,8 @@ def train_job(
 
     store, capture = Store(results, preset), CapturedSteps()
     torch.set_num_threads(threads or before)
+    if torch.device(device).type == "cuda":  # float32 is float32; large images use bfloat16
+        torch.backends.cudnn.allow_tf32 = False
     try:
         train(trajectory, until, store, Path(data_folder), device, in_time, capture, Meter)
     finally:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..federated import Clients
-from ..models import MultiTaskNet
+from ..models import MultiTaskNet, autocast
 from ..tasks import Batch, Task, task_losses
 
 
@@ -23,7 +23,7 @@ def evaluate(
     net.eval()
     total, images = None, 0
     for batch in batches:
-        with torch.autocast("cuda", torch.bfloat16, enabled=batch.image.is_cuda):
+        with autocast(batch.image):
             outputs = net(batch.image)
         losses = measure(outputs, batch) * len(batch)
         total = losses if total is None else total + losses

@@ -51,7 +51,7 @@ def train(
         if is_done(trajectory, until, store):
             progress(until)
             return
-        run = _resume(trajectory, store, data_folder, meter(device))
+        run = _resume(trajectory, store, data_folder, meter(device), capture)
         clock = partial(device_clock, device)
         sgd(run.net.parameters(), 0.0, trajectory.fl)  # the first one imports for a second
         progress(run.done)
@@ -81,7 +81,10 @@ class _Run:
     best: float = field(default=float("inf"))  # the lowest summed validation loss so far
 
 
-def _resume(trajectory: Trajectory, store: Store, data_folder: Path, meter: Stopwatch) -> _Run:
+def _resume(
+    trajectory: Trajectory, store: Store, data_folder: Path, meter: Stopwatch,
+    capture: Callable | None,
+) -> _Run:  # fmt: skip
     """The run as its last checkpoint left it, or at its start."""
     device = meter.device
     data = open_clients(trajectory.data, data_folder, trajectory.tasks)
@@ -91,7 +94,8 @@ def _resume(trajectory: Trajectory, store: Store, data_folder: Path, meter: Stop
         state, done = store.load_checkpoint(trajectory, last, net.state_dict(), data.fingerprint)
         state = {name: tensor.to(device) for name, tensor in state.items()}
     else:
-        state, done = start_state(trajectory, net, store, data_folder), trajectory.start_round
+        done = trajectory.start_round
+        state = start_state(trajectory, net, store, data_folder, capture)
     rows = store.read_rows(trajectory, "rounds.csv", done)
     affinity_rows = store.read_rows(trajectory, "affinity.csv", done)
     store.write_config(trajectory)
@@ -189,20 +193,23 @@ def build(trajectory: Trajectory) -> MultiTaskNet:
 
 
 def start_state(
-    trajectory: Trajectory, net: MultiTaskNet, store: Store, data_folder: Path
-) -> State:
+    trajectory: Trajectory, net: MultiTaskNet, store: Store, data_folder: Path,
+    capture: Callable | None = None,
+) -> State:  # fmt: skip
     """The state a trajectory starts from: initial weights, or its parent's at the start round."""
     device = state_device(net)
     if trajectory.parent is None:
         state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         return state | rule_of(trajectory.fl).start(net, trajectory.fl)
-    whole = state_at(trajectory.parent, trajectory.start_round, store, data_folder, device)
+    parent, begin = trajectory.parent, trajectory.start_round
+    whole = state_at(parent, begin, store, data_folder, device, capture)
     return restrict_state(whole, trajectory.tasks)
 
 
 def state_at(
-    trajectory: Trajectory, round_: int, store: Store, data_folder: Path, device: torch.device
-) -> State:
+    trajectory: Trajectory, round_: int, store: Store, data_folder: Path, device: torch.device,
+    capture: Callable | None = None,
+) -> State:  # fmt: skip
     """The state after `round_` rounds: a kept one, or trained again from the nearest one before.
 
     Training is deterministic, so a record whose checkpoints are not at hand can still be branched
@@ -214,7 +221,8 @@ def state_at(
     kept = store.checkpoints(trajectory)
     nearest = max((r for r in kept if r <= round_), default=None)
     if nearest is None:
-        state, nearest = start_state(trajectory, net, store, data_folder), trajectory.start_round
+        nearest = trajectory.start_round
+        state = start_state(trajectory, net, store, data_folder, capture)
     else:
         state, _ = store.load_checkpoint(
             trajectory, kept[nearest], net.state_dict(), data.fingerprint
@@ -223,7 +231,7 @@ def state_at(
     unmeasured = replace(trajectory, fl=replace(trajectory.fl, measure_rounds=0))  # equal weights
     recorded = store.rounds_done(trajectory) > trajectory.start_round
     for r in range(nearest, round_):
-        state, _ = run_round(net, state, unmeasured, r, data)
+        state, _ = run_round(net, state, unmeasured, r, data, capture)
         if recorded and (r + 1 == round_ or _is_kept(r + 1, trajectory.fl.rounds)):
             name = f"round_{r + 1:04d}"
             store.save_checkpoint(trajectory, name, state, r + 1, data.fingerprint)
