@@ -6,7 +6,7 @@
 Each case is trained on one batch that lies on the GPU:
 
     fp32        eager float32, plain strides, unfused SGD (the reference; no TF32)
-    eager       channels_last, fused SGD, bfloat16 autocast where images are large
+    eager       fused SGD; bfloat16 and channels_last where images are large
     compiled    the same with encoder and decoders through torch.compile
     graph       eager, the whole step captured in a CUDA graph and replayed
     as trained  `local_update`: eager for large batches, a graph for small ones
@@ -38,6 +38,7 @@ from mas.run.cuda_graph import (
 from mas_core.config import FL
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
+from mas_core.records.training import placed
 from mas_core.tasks import Batch, task_losses
 
 from .affinity_cost import random_batch
@@ -112,14 +113,14 @@ def _fp32(net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
 
 
 def _as_trained(measure: bool, net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
-    net, capture = net.to(memory_format=torch.channels_last), CapturedSteps()
+    net, capture = placed(net, batch.image.device, batch.image.shape[-1]), CapturedSteps()
     return lambda steps: _done(
         local_update(net, [batch] * steps, FL(), LR, measure, capture=capture)
     )
 
 
 def _steps(capture: Capture, net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
-    net, batch = net.to(memory_format=torch.channels_last), _last(batch)
+    net = placed(net, batch.image.device, batch.image.shape[-1])
     step = GraphedStep(net, batch, FL(), capture=capture)
     step.begin(LR)
 
@@ -140,11 +141,6 @@ def _compiled(net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
 
 def _done(result: object) -> None:
     """Drop what a local update returns: losses stay on the device, as between two rounds."""
-
-
-def _last(batch: Batch) -> Batch:
-    return Batch(batch.image.contiguous(memory_format=torch.channels_last), batch.mask,
-                 batch.targets)  # fmt: skip
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -16,6 +16,7 @@ from .config import Model, UserError, outside, stream_seed
 from .tasks import TASKS, Batch, TaskTable, sort_tasks, task_losses
 
 State = dict[str, Tensor]  # what travels between server and clients, by name
+SMALL = 64  # pixels a side; on a GPU neither bfloat16 nor channels_last pays for such images
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,7 @@ def merge(nets: list[MultiTaskNet]) -> MultiTaskNet:
     Networks built from one seed share their encoder until they are trained; networks whose
     encoders differ cannot be merged exactly, which is an error.
     """
-    tasks = "".join(net.tasks for net in nets)
-    whole = build(tasks, nets[0].config, table=nets[0].table)
+    whole = build("".join(net.tasks for net in nets), nets[0].config, table=nets[0].table)
     first = nets[0].encoder.state_dict()
     for net in nets[1:]:
         same = net.config == whole.config and all(
@@ -253,7 +253,7 @@ def gradient_at_features(at_features: list[Tensor], scale: float = 1.0) -> Tenso
 
 def autocast(image: Tensor) -> torch.autocast:
     """bfloat16 matrix arithmetic on a GPU, float32 where images are too small to gain by it."""
-    return torch.autocast("cuda", torch.bfloat16, image.is_cuda and image.shape[-1] > 64)
+    return torch.autocast("cuda", torch.bfloat16, image.is_cuda and image.shape[-1] > SMALL)
 
 
 def forward_tasks(net: MultiTaskNet, batch: Batch) -> TaskPass:

@@ -88,7 +88,7 @@ def _resume(
     """The run as its last checkpoint left it, or at its start."""
     device = meter.device
     data = open_clients(trajectory.data, data_folder, trajectory.tasks)
-    net = build(trajectory).to(device, memory_format=torch.channels_last)
+    net = placed(build(trajectory), device, trajectory.data.size)
     last = store.checkpoint_path(trajectory, "last")
     if last.exists():
         state, done = store.load_checkpoint(trajectory, last, net.state_dict(), data.fingerprint)
@@ -192,6 +192,12 @@ def build(trajectory: Trajectory) -> MultiTaskNet:
     return models.build(trajectory.tasks, trajectory.model, trajectory.seed, table)
 
 
+def placed(net: MultiTaskNet, device: torch.device, pixels: int) -> MultiTaskNet:
+    """The network on the device; channels_last unless its images are small and this is a GPU."""
+    plain = device.type == "cuda" and pixels <= models.SMALL
+    return net.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
+
+
 def start_state(
     trajectory: Trajectory, net: MultiTaskNet, store: Store, data_folder: Path,
     capture: Callable | None = None,
@@ -217,7 +223,7 @@ def state_at(
     is left alone.
     """
     data = open_clients(trajectory.data, data_folder, trajectory.tasks)
-    net = build(trajectory).to(device, memory_format=torch.channels_last)
+    net = placed(build(trajectory), device, trajectory.data.size)
     kept = store.checkpoints(trajectory)
     nearest = max((r for r in kept if r <= round_), default=None)
     if nearest is None:
