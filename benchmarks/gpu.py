@@ -12,6 +12,9 @@ Each case is trained on one batch that lies on the GPU:
     as trained  `local_update`: eager for large batches, a graph for small ones
     measuring   the same, affinities (Eq. 3) measured on every fifth batch
 
+Before them, the captured step of the small network on eight images of 32 px: tasks, memory layout,
+precision, with and without measuring.
+
 A variant that fails on some version of PyTorch is reported and leaves the others alone.
 """
 
@@ -22,8 +25,10 @@ import copy
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -35,6 +40,7 @@ from mas.run.cuda_graph import (
     capture_graph,
     run_eagerly,
 )
+from mas_core import models
 from mas_core.config import FL
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
@@ -50,8 +56,32 @@ CASES = {  # name: tasks, size, output stride, pixels, batch size, steps timed
     "nine tasks, half": ("sdnkterca", "half", 16, 256, 32, 10),
     "five tasks, small": ("sdnkt", "small", 4, 32, 8, 50),
 }
+LAYOUTS = {"plain": torch.contiguous_format, "channels_last": torch.channels_last}
 SMOKE = {"five tasks, tiny": ("sdnkt", "tiny", 4, 32, 2, 2)}
 REFERENCE = "fp32"
+
+
+def captured_steps(device: torch.device, sets: list[str], steps: int) -> list[dict]:
+    """Milliseconds of a captured step of small images, for each layout and precision."""
+    capture, rows = (capture_graph if device.type == "cuda" else run_eagerly), []
+    kinds = product(sets, LAYOUTS, ("float32", "bfloat16"))
+    for tasks, layout, precision in kinds:
+        batch = _to(random_batch(tasks, 8, 32), device)
+        net = MultiTaskNet(tasks, "small", 4).to(device, memory_format=LAYOUTS[layout]).train()
+        with patch.object(models, "SMALL", 32 if precision == "float32" else 0):
+            step = GraphedStep(net, batch, FL(), measure=len(tasks) > 1, capture=capture)
+        step.begin(LR)
+        row = {"tasks": tasks, "layout": layout, "precision": precision}
+        names = ("milliseconds", "measuring") if len(tasks) > 1 else ("milliseconds",)
+        for measured, name in enumerate(names):
+            action = _synchronised(partial(_repeat, step, batch, bool(measured)), steps, device)
+            action()
+            began = wall()
+            action()
+            row[name] = round(1000 * (wall() - began) / steps, 3)
+        rows.append(row)
+        print(*row.values(), flush=True)
+    return rows
 
 
 def measure_case(
@@ -124,11 +154,12 @@ def _steps(capture: Capture, net: MultiTaskNet, batch: Batch) -> Callable[[int],
     step = GraphedStep(net, batch, FL(), capture=capture)
     step.begin(LR)
 
-    def train(steps: int) -> None:
-        for _ in range(steps):
-            step(batch, False, wall)
+    return partial(_repeat, step, batch, False)
 
-    return train
+
+def _repeat(step: GraphedStep, batch: Batch, measured: bool, steps: int) -> None:
+    for _ in range(steps):
+        step(batch, measured, wall)
 
 
 def _compiled(net: MultiTaskNet, batch: Batch) -> Callable[[int], None]:
@@ -197,6 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cpu" if asked.smoke else "cuda")
     cases, repeats = (SMOKE, 1) if asked.smoke else (CASES, asked.repeats)
     rows, figures = [], {}
+    sets, steps = (["dk"], 1) if asked.smoke else (["d", "sdnkt", "sdnkterca"], 60)
+    small = captured_steps(device, sets, steps)
     for name, case in cases.items():
         found, figures[name] = measure_case(name, case, device, repeats, asked.without)
         print(table(found), flush=True)
@@ -208,7 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
         told = about("cuda")
         path = asked.results / "benchmarks" / f"{told['slug']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**told, "gpu": rows, "variants": figures}, indent=1) + "\n")
+        found = {**told, "gpu": rows, "variants": figures, "small": small}
+        path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"written to {path}")
     return 0
 

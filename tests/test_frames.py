@@ -239,6 +239,7 @@ def test_times_of_one_run(tmp_path):
     timed = [{"subject": "dk: MAS-2 (d k)", "values": 3, "median": 0.5, "min": 0.4, "max": 0.7}]
     record = {"subjects": {"method_cost": timed}}
     (tmp_path / "benchmarks" / "machine.json").write_text(json.dumps(record))
+    (tmp_path / "benchmarks" / "gpu.json").write_text('{"gpu": []}')  # by benchmarks.gpu
     assert paper.time_ratios(tmp_path) == {
         ("dk", "MAS-2"): [0.4, 0.5, 0.7], ("dk", "one-by-one"): [1, 1, 1],
     }  # fmt: skip

@@ -137,7 +137,7 @@ def time_ratios(folder: Path | str) -> dict[tuple[str, str], list[float]]:
     """
     found: dict[tuple[str, str], list[float]] = {}
     for file in sorted(Path(folder, "benchmarks").glob("*.json")):
-        subjects = json.loads(file.read_text())["subjects"]
+        subjects = json.loads(file.read_text()).get("subjects", {})  # a GPU's file has none
         for row in (*subjects.get("method_cost", []), *subjects.get("rival_cost", [])):
             tasks, _, method = row["subject"].partition(": ")
             values = [row["min"], row["median"], row["max"]][: row["values"]]
