@@ -93,15 +93,19 @@ def check(store, results):
     devices = sorted({record["device"] for record in complete})
     print(f"{len(records)} trajectories, all on the same test images; trained on: {', '.join(devices)}")
     if len(devices) > 1:
-        print("several devices: training times are not comparable")
+        print("several devices: times and energies are those of results of the commonest alone")
 
 
 def tidy(found):
-    """`mas.results` of what is found, a row a result, with costs in units that suit small runs."""
+    """`mas.results` of what is found, a row a result, with costs in units that suit small runs.
+
+    Where several devices trained them, times and energies are those of the commonest alone.
+    """
     runs = tables.tidy(found)
+    same = runs.devices == runs.devices.mode().get(0)
     return runs.assign(
-        minutes=runs.train_seconds / 60, search_minutes=runs.search_seconds / 60,
-        wh=runs.energy_kwh * 1000, wh_estimated=runs.energy_kwh_estimated * 1000,
+        minutes=(runs.train_seconds / 60).where(same), search_minutes=(runs.search_seconds / 60).where(same),
+        wh=(runs.energy_kwh * 1000).where(same), wh_estimated=(runs.energy_kwh_estimated * 1000).where(same),
         mb=runs.bytes_sent / 1e6)
 
 

@@ -31,6 +31,7 @@ RESULTS: dict[str, str] = {
     "train_seconds": "float64", "search_seconds": "float64", "time_ratio": "float64",
     "energy_kwh": "float64", "energy_kwh_estimated": "float64", "samples": "int64",
     "bytes_sent": "int64", "bytes_ratio": "float64", "peak_memory_bytes": "int64",
+    "devices": "str",
 }  # fmt: skip
 
 
@@ -82,7 +83,8 @@ def _row(method: str, r: MethodResult, base: MethodResult | None) -> dict[str, A
            "search_seconds": r.search_cost.seconds if r.search_cost else np.nan,
            "energy_kwh": r.cost.energy_kwh, "energy_kwh_estimated": r.cost.energy_kwh_estimated,
            "samples": r.cost.samples, "bytes_sent": sent,
-           "peak_memory_bytes": r.cost.peak_memory_bytes}  # fmt: skip
+           "peak_memory_bytes": r.cost.peak_memory_bytes,
+           "devices": "; ".join(r.cost.devices)}  # fmt: skip
     if base is not None:
         changes = task_changes(r.losses, base.losses)
         row |= {f"delta_{a}_percent": change for a, change in changes.items()}

@@ -116,6 +116,7 @@ class Cost:
     bytes_up: int  # clients to server
     samples: int  # images trained on, repeats counted
     peak_memory_bytes: int  # of the training processes up to then, not of this alone
+    devices: tuple[str, ...] = ()  # names of those that trained; seconds of several do not compare
 
     @property
     def co2_grams(self) -> float | None:
@@ -137,6 +138,7 @@ class Cost:
             self.bytes_up + other.bytes_up,
             self.samples + other.samples,
             max(self.peak_memory_bytes, other.peak_memory_bytes),
+            tuple(sorted({*self.devices, *other.devices})),
         )
 
     def __radd__(self, zero: int) -> Cost:

@@ -204,7 +204,8 @@ def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
     result = store.result(part.trajectory) or store.result(like or part.trajectory) or {}
     estimate, source = estimated_kwh(seconds.sum(), result.get("device", ", 1 thread"))
     measured = np.isfinite(joules).all()
-    mixed = ", seconds of several devices" * (len(result.get("devices", ())) > 1)
+    devices = tuple(result.get("devices") or filter(None, [result.get("device")]))
+    mixed = ", seconds of several devices" * (len(devices) > 1)
     return Cost(
         seconds=float(seconds.sum()),
         energy_kwh=float(joules.sum() / JOULES_PER_KWH) if measured else None,
@@ -215,4 +216,5 @@ def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
         bytes_up=int(rows["bytes_up"].sum()),
         samples=int(rows["samples"].sum()),
         peak_memory_bytes=int(result.get("peak_memory_bytes") or 0),
+        devices=devices,
     )
