@@ -11,7 +11,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import display
+import PIL.Image
+from IPython.display import Image, display
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 from pandas.io.formats.style import Styler
@@ -566,11 +567,21 @@ def place(preset):
 
 
 def save(figure, name, preset, figures):
-    """Write figures/<preset>/<name>.png and .pdf, without dates, so that equal figures are equal."""
+    """Write figures/<preset>/<name>.png and .pdf, without dates, so that equal figures are equal.
+
+    What is shown is the file: 256 colours, a third of the bytes, unless it holds images of rooms.
+    """
     if not any(ax.has_data() for ax in figure.axes):
         print(f"nothing to draw: {name} is left as it is")
         return
     folder = Path(figures, preset)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    drawn = folder / f"{name}.png"
+    figure.savefig(drawn, metadata={"Software": None})
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
+    full = PIL.Image.open(drawn).convert("RGB")
+    few = full.quantize(256, dither=PIL.Image.Dither.NONE)
+    if np.abs(np.asarray(full, int) - np.asarray(few.convert("RGB"), int)).mean() < 1:
+        few.save(drawn, optimize=True)
+    plt.close(figure)
+    display(Image(drawn, width=round(full.width * figure.dpi / plt.rcParams["savefig.dpi"])))
