@@ -145,6 +145,22 @@ def test_the_difference_is_right_whichever_task_is_the_largest(net, batch, large
         assert error.norm() < (1e-5 if i != largest else 1e-4) * flat.norm()
 
 
+def test_a_gpu_makes_a_pass_for_every_task_and_finds_the_same(net, batch, monkeypatch):
+    images = batch("sdnkt", images=4)
+
+    def found():
+        net.zero_grad()
+        step = forward_tasks(net, images)
+        gradients = encoder_gradients(net, step, step.backward_decoders())
+        return [*gradients, [p.grad.clone() for p in net.encoder.parameters()]]
+
+    usual = found()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for a, b in zip(usual, found(), strict=True):
+        for one, other in zip(a, b, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
 def test_first_order_affinity_is_the_limit_of_eq_3(net, batch):
     made = batch("sdnkt")
     step = forward_tasks(net, made)

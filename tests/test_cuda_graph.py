@@ -1,6 +1,7 @@
 """A captured training step, with a stand-in that runs it eagerly: no test has a GPU."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from mas.run.cuda_graph import CapturedSteps, GraphedStep, run_eagerly
 from mas_core.config import FL
 from mas_core.local import local_update
-from mas_core.models import MultiTaskNet
+from mas_core.models import MultiTaskNet, autocast
+from mas_core.records.training import placed
 
 PLAIN = FL(batch_size=4, affinity_every=3)
 LR = 0.01
@@ -103,6 +105,19 @@ def test_a_capture_that_fails_leaves_the_network_as_it_was(net, batches):
         GraphedStep(net, batches[0], PLAIN, capture=failing)
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_on_a_gpu_small_images_keep_float32_and_the_plain_layout(monkeypatch):
+    def kept(device, memory_format):
+        return memory_format
+
+    net, gpu, cpu = SimpleNamespace(to=kept), torch.device("cuda"), torch.device("cpu")
+    assert placed(net, gpu, 64) is torch.contiguous_format
+    assert placed(net, gpu, 96) is placed(net, cpu, 32) is torch.channels_last
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: (dtype, enabled))
+    for pixels, on_gpu, enabled in ((64, True, False), (96, True, True), (96, False, False)):
+        image = SimpleNamespace(is_cuda=on_gpu, shape=(8, 3, pixels, pixels))
+        assert autocast(image) == (torch.bfloat16, enabled)
 
 
 def test_nothing_is_captured_without_a_gpu(net, batches):
