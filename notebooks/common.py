@@ -577,11 +577,11 @@ def save(figure, name, preset, figures):
     folder = Path(figures, preset)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = folder / f"{name}.png"
-    figure.savefig(drawn, metadata={"Software": None})
+    figure.savefig(drawn, dpi=1.5 * figure.dpi, metadata={"Software": None})
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
     full = PIL.Image.open(drawn).convert("RGB")
     few = full.quantize(256, dither=PIL.Image.Dither.NONE)
     if np.abs(np.asarray(full, int) - np.asarray(few.convert("RGB"), int)).mean() < 1:
         few.save(drawn, optimize=True)
     plt.close(figure)
-    display(Image(drawn, width=round(full.width * figure.dpi / plt.rcParams["savefig.dpi"])))
+    display(Image(drawn, width=round(full.width / 1.5)))
