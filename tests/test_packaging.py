@@ -209,10 +209,11 @@ def test_readme_begins_with_two_commands(project):
     commands = re.findall(r"```bash\n(.+?)\n```", first_screen, re.S)
     assert len(commands) == 2 and all("\n" not in c for c in commands)
     demo, tests = commands
-    assert demo.endswith("mas demo") and tests.endswith("pytest")
+    assert demo.endswith("mas demo") and tests.endswith("pytest -n 2 --dist loadfile")
     extras = re.search(r"\.\[([\w,]+)\]", tests)[1].split(",")
     assert set(extras) <= set(project["project"]["optional-dependencies"])
-    assert f".[{','.join(extras)}]" in (ROOT / ".ci" / "run").read_text()
+    run = (ROOT / ".ci" / "run").read_text()
+    assert f".[{','.join(extras)}]" in run and run.rstrip().endswith('pytest" -n 2 --dist loadfile')
 
 
 def test_the_core_is_thin():
