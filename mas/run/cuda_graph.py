@@ -81,10 +81,13 @@ class GraphedStep:
 
         state = [(t, t.clone()) for t in net.state_dict().values()]
 
-        def second(run: Callable[[], Tensor]) -> Tensor:
+        def restore() -> None:
             with torch.no_grad():
                 for tensor, kept in state:
                     tensor.copy_(kept)
+
+        def second(run: Callable[[], Tensor]) -> Tensor:
+            restore()
             self.begin(0.01)
             run()
             return run().clone()
@@ -96,9 +99,7 @@ class GraphedStep:
                 self._captured[measured] = capture(run)
                 checks.append((second(partial(self._replay, batch, measured)), second(run)))
         finally:
-            with torch.no_grad():
-                for tensor, kept in state:
-                    tensor.copy_(kept)
+            restore()
         for replayed, run in checks:
             torch.testing.assert_close(replayed, run, rtol=0.02, atol=1e-3, equal_nan=True)
 
