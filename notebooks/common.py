@@ -32,7 +32,8 @@ TASK_COLOURS = dict(zip(mas.TASKS, ("#332288", "#88CCEE", "#44AA99", "#117733", 
                                     "#CC6677", "#882255", "#AA4499")))
 HALO = [withStroke(linewidth=2.5, foreground="white")]
 VERDICT_TEXT = dict(zip(verdicts.VERDICTS,
-                        ("#117733", "#CC3311", "#0077BB", "#444444", "#888888", "#AAAAAA")))
+                        ("#117733", "#CC3311", "#0077BB", "#66AA55", "#DD8866", "#444444", "#888888",
+                         "#AAAAAA")))
 pd.set_option("display.width", 180, "display.max_columns", 40, "display.max_colwidth", None)
 
 
@@ -80,6 +81,20 @@ def load(experiment, notebook, preset, seeds, results, data=None, train_missing=
     return store, found
 
 
+RESTARTED = "one-by-one restarted"
+
+
+def with_control(store, found, overrides={}):
+    """`found`, and one-by-one that restarts its schedule when MAS does, where that is on record.
+
+    MAS has a second learning-rate schedule after the split, its rivals have not: this one has.
+    """
+    sets = dict.fromkeys(tasks for _, tasks, _ in found)
+    more = experiments.ask(lambda *given: experiments.controls(*given, task_sets=sets), store,
+                           sorted({seed for *_, seed in found}), overrides, partial=True)
+    return found | {key: result for key, result in more.items() if key[0] == RESTARTED}
+
+
 def check(store, results):
     """Assert that results are complete and comparable; print how they were obtained."""
     records = {}
@@ -94,7 +109,7 @@ def check(store, results):
     devices = sorted({record["device"] for record in complete})
     print(f"{len(records)} trajectories, all on the same test images; trained on: {', '.join(devices)}")
     if len(devices) > 1:
-        print("several devices: times and energies are those of results of the commonest alone")
+        print("several devices: times and energies are of the commonest alone")
 
 
 def tidy(found):
@@ -209,7 +224,9 @@ def series(runs, method, tasks, column="total"):
 
 def timed(preset, results, overrides={}):
     """Training times over one-by-one's, timed in one run; none but for the small preset as it is."""
-    return tables.time_ratios(results) if preset == "small" and not overrides else {}
+    ratios = tables.time_ratios(results) if preset == "small" and not overrides else {}
+    same = {(tasks, RESTARTED): times for (tasks, method), times in ratios.items() if method == "one-by-one"}
+    return ratios | same  # as many rounds
 
 
 def times_faster(runs, better, worse, tasks, least, preset, results, overrides={}):
@@ -232,7 +249,8 @@ def measured(found):
 
 
 def judged(rows):
-    """Claims as a table of numbers for `show`, by verdict, none corrected for the number of rows.
+    """Claims as a table of numbers for `show`, by verdict; none is corrected for the number of rows,
+    so that what is clear alone "seems to hold" (or not to).
 
     rows: (claim, the paper's number, Finding), or (claim, the paper's number, least effect at which
     it holds, effect by seed) and for a loss in per cent the same by the last round's model.
@@ -243,6 +261,7 @@ def judged(rows):
         found = rest[0]
         if not isinstance(found, verdicts.Finding):
             found = verdicts.paired(effect, least, None if last is None else verdicts.MARGIN)
+        found = verdicts.uncorrected(found)
         last = np.nan if last is None else pd.Series(last, dtype=float).mean()
         table.append((claim, found.verdict, found.effect, found.low, found.high, found.seeds, last,
                       str(printed), found.basis))
@@ -274,7 +293,10 @@ def show(table, digits=2, best=None, within=(), index=False):
     text = table.to_string(index=index, na_rep="-", formatters={
         c: lambda v, d=d: "-" if np.isnan(v) else f"{v:.{d}f}" for c, d in digits.items()})
     style = Styler(table, uuid=f"{zlib.crc32(text.encode()):08x}", cell_ids=False)
+    short = lambda v: f"{v:g}" if isinstance(v, float) else v  # noqa: E731
+    style.format(dict.fromkeys(table.select_dtypes("object"), short))
     style.format({c: f"{{:.{d}f}}" for c, d in digits.items()}, na_rep="-")
+    style.format_index(short).format_index(short, axis=1)
     for column in table.select_dtypes(exclude="number"):
         wide = "; min-width: 20em" if table[column].astype(str).str.len().max() > 40 else ""
         props = [{"selector": "", "props": f"text-align: left{wide}"}]
@@ -383,7 +405,8 @@ def draw_points(ax, points, title):
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
     bars = points.fillna(0)
-    label_points(ax, [(p.time, p.loss, p.Index, colour(p.Index)) for p in points.itertuples()],
+    label_points(ax, [(p.time, p.loss, p.Index.removeprefix("one-by-one "), colour(p.Index))
+                      for p in points.itertuples()],
                  bars=[(p.time, p.loss, (p.time_high - p.time_low) / 2, p.loss_std)
                        for p in bars.itertuples()])
 

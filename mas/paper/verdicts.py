@@ -15,7 +15,8 @@ taken before the mean. Every function here returns a `Finding`, one for each kin
 
 A difference is claimed at p <= 0.05, two-sided. Equivalence, for losses alone, is two one-sided
 tests: the 90 % interval lies inside +-1 % (Schuirmann, 1987). A difference is told first, however
-small. One seed says nothing about a loss. `corrected` applies Holm (1979) to a table of findings.
+small. One seed says nothing about a loss. `corrected` applies Holm (1979) to a table of findings;
+what is clear alone but not after it "seems to hold", or not to. `uncorrected` says so of all.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from scipy import stats
 from mas_core.split import partitions
 
 HOLDS, FAILS, SAME = "holds", "does not hold", "equivalent within 1 %"
+SEEMS = {HOLDS: "seems to hold", FAILS: "seems not to hold"}  # clear alone, not among many rows
 OPEN, ONE_SEED, ABSENT = "cannot be judged", "one seed", "not on record"
-VERDICTS = (HOLDS, FAILS, SAME, OPEN, ONE_SEED, ABSENT)
+VERDICTS = (HOLDS, FAILS, SAME, *SEEMS.values(), OPEN, ONE_SEED, ABSENT)
 
 LEVEL = 0.05  # how often a verdict may be false, alone or (Holm) anywhere in a table
 MARGIN = 1.0  # per cent of total loss: what counts as equivalent
@@ -361,7 +363,7 @@ def corrected(
     """The findings of one table with Holm's p values (of `size` tests) and the verdicts they leave.
 
     Two families, each at `level`: all differences of the table, and all equivalences. Intervals
-    stay those of single rows.
+    stay those of single rows. A difference that is not left is SEEMS.
     """
     differences = holm([f.p for f in findings], size)
     equivalences = holm([f.p_equivalent for f in findings], size)
@@ -369,17 +371,21 @@ def corrected(
     for f, p, equal in zip(findings, differences.tolist(), equivalences.tolist(), strict=True):
         verdict = f.verdict
         if not math.isnan(p):
-            kept = verdict in (HOLDS, FAILS) and p <= level
-            verdict = verdict if kept else SAME if equal <= level else OPEN
+            kept = verdict in SEEMS and p <= level
+            verdict = verdict if kept else SAME if equal <= level else SEEMS.get(verdict, OPEN)
         result.append(replace(f, verdict=verdict, p=p, p_equivalent=equal))
     return result
+
+
+def uncorrected(finding: Finding) -> Finding:
+    """A finding of a table whose number of rows is not corrected for: it only seems to hold."""
+    return replace(finding, verdict=SEEMS.get(finding.verdict, finding.verdict))
 
 
 def table(rows: Iterable[tuple[str, str, Finding]]) -> pd.DataFrame:
     """Claims with their findings, a row each: what `claims.ipynb` shows and the site reads.
 
-    rows: (claim, the paper's number, finding). Holm's correction is over these rows; `alone` is
-    the verdict without it.
+    rows: (claim, the paper's number, finding). Holm's correction is over these rows.
     """
     rows = list(rows)
     alone = [finding for *_, finding in rows]
@@ -387,7 +393,6 @@ def table(rows: Iterable[tuple[str, str, Finding]]) -> pd.DataFrame:
     return pd.DataFrame({
         "claim": [claim for claim, *_ in rows],
         "verdict": [f.verdict for f in after],
-        "alone": [f.verdict for f in alone],
         "effect": [f.effect for f in alone], "low": [f.low for f in alone],
         "high": [f.high for f in alone], "least": [f.least for f in alone],
         "seeds": [f.seeds for f in alone], "p": [f.p for f in alone],
