@@ -48,10 +48,10 @@ def first_order_affinity(losses: Tensor, gradients: list[Gradient], lr: float) -
     """The first term of Eq. 3's expansion in lr: S[i, j] = lr <grad_s L_i, grad_s L_j> / L_j.
 
     losses     (n,) before the step
-    gradients  per task, the gradient on the encoder's parameters
+    gradients  per task, the gradient on the encoder's parameters, scaled as the training's are
     """
     flat = torch.stack([torch.cat([t.flatten() for t in g]) for g in gradients])  # (n, parameters)
-    return lr * (flat @ flat.T) / losses
+    return torch.where(losses > 0, lr * (flat @ flat.T) / losses, 0.0)  # 0: no labels
 
 
 def representation_affinity(losses: Tensor, at_features: list[Tensor], lr: float) -> Tensor:
@@ -59,8 +59,7 @@ def representation_affinity(losses: Tensor, at_features: list[Tensor], lr: float
 
     Training computes dL_i/dz (B, C, h, w) anyway, so this costs n^2 inner products.
     """
-    flat = torch.stack([g.float().flatten() for g in at_features])
-    return lr * (flat @ flat.T) / losses
+    return first_order_affinity(losses, [[g.float()] for g in at_features], lr)
 
 
 def cosine_affinity(losses: Tensor, gradients: list[Gradient], lr: float) -> Tensor:

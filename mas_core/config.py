@@ -175,10 +175,6 @@ class FL:
             return self.lr * (1.0 + math.cos(math.pi * done)) / 2.0
         return self.lr * (1.0 - done) ** self.lr_power
 
-    def option(self, name: str, default: float) -> float:
-        """A number of the method, from `options`."""
-        return dict(self.options).get(name, default)
-
 
 @_settings
 class Mas:
@@ -216,6 +212,10 @@ class Settings:
     choice: Choice = field(default_factory=Choice)
 
     def __post_init__(self) -> None:
+        fl = self.fl
+        needed = {"fedprox": fl.prox_mu, "gradnorm": fl.gradnorm_alpha * fl.gradnorm_lr}
+        if not needed.get(fl.method, 1):
+            raise UserError(f"method={fl.method} needs fl.prox_mu, or fl.gradnorm_alpha and _lr")
         allowed = self.data.buildings if self.fl.clients is None else len(self.fl.clients)
         if self.fl.clients_per_round > allowed:
             raise UserError(

@@ -47,6 +47,7 @@ class FedAvg:
     them with the client's weights, and the server averages them alike.
     """
 
+    options: dict[str, float] = {}  # what `fl.options` may give, with the defaults
     captured = True  # a captured CUDA step (run/cuda_graph.py) does the same as `step`
     measures = True  # affinities can be measured beside its steps
     unsent = 0  # bytes of the server's state that this client neither receives nor sends
@@ -55,6 +56,11 @@ class FedAvg:
         self.net, self.fl, self.state = net, fl, state
         # The released code scales the encoder's gradient where there are several decoders.
         self.scale = 1 / math.sqrt(len(net.tasks)) if fl.encoder_grad_scale == "sqrt" else 1.0
+
+    @classmethod
+    def option(cls, fl: FL, name: str) -> float:
+        """A number of the method: of `fl.options`, or its default."""
+        return (cls.options | dict(fl.options))[name]
 
     @classmethod
     def start(cls, net: nn.Module, fl: FL) -> State:

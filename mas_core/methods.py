@@ -17,7 +17,6 @@ import numpy as np
 from .config import Settings, UserError
 from .fedavg import rule_of
 from .split import best_split, hoa_groups, partitions, tag_groups
-from .tasks import sort_tasks
 
 Trajectory = Any  # a records.trajectory.Trajectory: recipes only pass them on
 
@@ -46,6 +45,7 @@ class Study(Protocol):
     tasks: str
     settings: Settings
     rounds: int  # R
+    split_round: int  # R0; a UserError unless it is less
 
     def letters(self, group: Iterable[int]) -> str:
         """Indices of an affinity matrix as task letters."""
@@ -88,14 +88,15 @@ def all_in_one(study: Study) -> Recipe:
     return (yield from train_groups("all-in-one", study, [study.tasks]))
 
 
-def fedprox(study: Study, mu: float = 0.004) -> Recipe:
+def fedprox(study: Study) -> Recipe:
     """All-in-one with FedProx's mu/2 |theta - theta_server|^2 on every client (Li et al., 2020)."""
-    study = study.unmeasured(method="fedprox", prox_mu=mu)
+    study = study.unmeasured(method="fedprox", prox_mu=study.settings.fl.prox_mu or 0.004)
     return (yield from train_groups("fedprox", study, [study.tasks]))
 
 
-def gradnorm(study: Study, alpha: float = 1.5, lr: float = 0.025) -> Recipe:
+def gradnorm(study: Study) -> Recipe:
     """All-in-one with GradNorm's loss weights on the shared representation (Chen et al., 2018)."""
+    alpha, lr = study.settings.fl.gradnorm_alpha or 1.5, study.settings.fl.gradnorm_lr or 0.025
     study = study.unmeasured(method="gradnorm", gradnorm_alpha=alpha, gradnorm_lr=lr)
     return (yield from train_groups("gradnorm", study, [study.tasks]))
 
@@ -108,15 +109,14 @@ def merge_and_split(study: Study, splits: int = 2) -> Recipe:
     """
     check_splits(study, splits)
     mas, trunk = study.settings.mas, study.all_in_one()
-    R0 = mas.merge_rounds
+    R0 = study.split_round
     check_measured(study, min(mas.affinity_rounds, R0))
-    study.from_all_in_one(study.tasks)  # an impossible R0 is refused before anything is trained
     yield [Need(trunk, R0)]
     split = best_split(study.affinities(mas.affinity_rounds, R0, mas.affinity_at), splits)
     groups = [study.letters(g) for g in split.groups]
     branches = [study.from_all_in_one(group) for group in groups]
     yield [Need(branch, study.rounds) for branch in branches]
-    parts = [Part(trunk, 0, R0, study.settings.mas.affinity_rounds)]
+    parts = [Part(trunk, 0, R0, mas.affinity_rounds)]
     parts += [Part(branch, R0, study.rounds) for branch in branches]
     return study.result(f"MAS-{splits}", groups, branches, parts)
 
@@ -151,7 +151,7 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
     """
     check_splits(study, splits)
     n = len(study.tasks)
-    letters = sort_tasks(study.tasks)
+    letters = study.letters(range(n))
     singles = [study.from_scratch(a) for a in letters]
     pairs = [study.from_scratch(a + b) for a, b in combinations(letters, 2)]
     yield [Need(t, study.rounds) for t in (*singles, *pairs)]

@@ -151,7 +151,6 @@ TASKS = TaskTable(
 )  # fmt: skip
 
 DOMAINS = (TASKS.image, *(t.domain for t in TASKS.values() if t.domain != TASKS.image))
-STORED = TASKS.stored
 
 
 def check_tasks(letters: str, table: TaskTable = TASKS) -> str:

@@ -12,7 +12,7 @@ from mas_core.data.clients import open_data
 from mas_core.data.taskonomy import prepare
 from mas_core.records.store import Store
 from mas_core.records.trajectory import Trajectory
-from mas_core.tasks import DOMAINS, NUM_CLASSES, STORED, decode_batch, domains_of
+from mas_core.tasks import DOMAINS, NUM_CLASSES, TASKS, decode_batch, domains_of
 
 SIZE = 16  # pixels
 POINTS = {"attic": 5, "barn": 7, "cellar": 9, "den": 11}  # two views a point: 6 to 18 to train on
@@ -27,9 +27,9 @@ def encoded(domain, rng, size=SIZE):
         for _ in range(3)
     )
     wave = (waves - waves.min()) / (np.ptp(waves) + 1e-9)
-    if STORED[domain] == "uint8":
+    if TASKS.stored[domain] == "uint8":
         return (wave * (NUM_CLASSES - 1)).astype(np.uint8)
-    if STORED[domain] == "uint8x3":
+    if TASKS.stored[domain] == "uint8x3":
         tint = rng.uniform(80, 255, 3)
         return (wave[..., None] * tint).astype(np.uint8)
     values = (wave * rng.uniform(1000, 4000)).astype(np.uint16)

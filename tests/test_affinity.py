@@ -186,6 +186,8 @@ def test_first_order_affinity_by_hand():
     # Inner products: 5, 1, 35; column j is divided by L_j.
     expected = torch.tensor([[0.1 * 5 / 2, 0.1 * 1 / 4], [0.1 * 1 / 2, 0.1 * 35 / 4]])
     torch.testing.assert_close(first_order_affinity(losses, gradients, 0.1), expected)
+    unlabelled = first_order_affinity(torch.tensor([2.0, 0.0]), gradients, 0.1)
+    torch.testing.assert_close(unlabelled, expected * torch.tensor([1.0, 0.0]))
 
 
 def test_representation_affinity_by_hand():

@@ -213,6 +213,16 @@ def test_the_committed_numbers():
     assert five.groupby("method").time_ratio.first()["MAS-2"] == 0.553
 
 
+def test_one_name_is_never_two_results():
+    """Another experiment trains the same setting by another arithmetic."""
+    asked = [experiments.figure_10, experiments.when_to_split]
+    table = mas.results("small", [0], RESULTS, asked).set_index(["method", "task_set"])
+    assert table.index.is_unique
+    one, other = (table.total[name, "sdnkt"] for name in
+                  ("all-in-one E=5", "all-in-one E=5 (when_to_split)"))  # fmt: skip
+    assert (round(one, 5), round(other, 5)) == (1.51155, 1.53144)
+
+
 def test_delta_m_by_hand():
     base, losses = {"d": 0.5, "k": 2.0}, {"d": 0.4, "k": 2.1}
     assert paper.task_changes(losses, base) == pytest.approx({"d": 20, "k": -5})
@@ -223,6 +233,7 @@ def test_delta_m_by_hand():
     assert paper.baseline("MAS-2 full m=1") == "one-by-one m=1"
     assert paper.baseline("MAS-2 alpha=0.1") == "one-by-one alpha=0.1"
     assert paper.baseline("all-in-one wide clients only") == "one-by-one wide clients only"
+    assert paper.baseline("MAS-2 E=5 (a)") == "one-by-one E=5 (a)"
     assert paper.baseline("MAS-2 R0=30") == paper.baseline("TAG-2") == "one-by-one"
 
 

@@ -23,13 +23,14 @@ from mas_core.methods import (
     hoa,
     merge_and_split,
     one_by_one,
+    restarted,
     standalone,
     tag,
 )
 from mas_core.records import training
 from mas_core.records.cost import estimated_kwh
 from mas_core.records.store import Store
-from mas_core.records.study import Study, part_cost
+from mas_core.records.study import Study, measuring_seconds, part_cost
 from mas_core.split import best_split, hoa_groups, partitions, tag_groups
 
 FIVE = "sdnkt"
@@ -168,6 +169,12 @@ def test_fedprox_and_gradnorm_are_trajectories_of_their_own(study):
     norm, asked_norm = drive(gradnorm, study)
     (p,), (g,) = asked_prox[0], asked_norm[0]
     assert (p.trajectory.fl.method, p.trajectory.fl.prox_mu) == ("fedprox", 0.004)
+    given = replace(study.settings, fl=replace(study.settings.fl, prox_mu=0.5, gradnorm_lr=0.1))
+    (need,), (other,) = (next(m(replace(study, settings=given))) for m in (fedprox, gradnorm))
+    assert need.trajectory.fl.prox_mu == 0.5
+    assert (other.trajectory.fl.gradnorm_alpha, other.trajectory.fl.gradnorm_lr) == (1.5, 0.1)
+    with pytest.raises(UserError, match="method=fedprox needs fl.prox_mu"):
+        replace(study.settings, fl=replace(study.settings.fl, method="fedprox"))
     assert (g.trajectory.fl.method, g.trajectory.fl.gradnorm_alpha) == ("gradnorm", 1.5)
     assert g.trajectory.fl.gradnorm_lr > 0 and p.until == g.until == 4
     assert p.trajectory.fl.measure_rounds == g.trajectory.fl.measure_rounds == 0
@@ -405,7 +412,7 @@ def test_every_partition(study, splits, count, initialised):
 
 def test_energy_that_was_not_measured_is_none_and_stays_apart(study):
     result, _ = drive(merge_and_split, study, joules=False)
-    assert result.cost.energy_kwh is None and result.cost.co2_grams is None
+    assert result.cost.energy_kwh is None
     assert result.cost.energy_kwh_estimated > 0 and "not measured" in result.cost.energy_source
     assert "estimated from 10 W" in result.cost.energy_source
 
@@ -414,6 +421,17 @@ def test_a_stretch_of_a_trajectory_costs_its_own_rows(study):
     trunk = study.all_in_one()
     make_record(study.store, Need(trunk, 4))
     assert_cost(part_cost(study.store, Part(trunk, 1, 3, 2)), [(rows_of(study, trunk, 1, 3), 2)])
+    rows = study.store.rounds(trunk)
+    spent = measuring_seconds(study.store, trunk, rows, DEVICE)
+    assert spent.tolist() == rows["affinity_seconds"].tolist()
+    # On a GPU the record has whole steps: of the seconds left, the share of theirs is plain.
+    measured = study.store.affinities(trunk).measurements.sum(1)
+    share = measured * trunk.fl.batch_size / rows["samples"]
+    left = rows["seconds"] - rows["affinity_seconds"]
+    known = (share < 0.9).to_numpy()
+    plain = rows["seconds"] - measuring_seconds(study.store, trunk, rows, "a GPU")
+    assert known.any()
+    assert plain[known].to_numpy() == pytest.approx((left / (1 - share))[known].to_numpy())
     nothing = part_cost(study.store, Part(trunk, 0, 0))
     assert (nothing.seconds, nothing.samples) == (0, 0)
 
@@ -446,6 +464,8 @@ def test_what_cannot_be_split_is_said_before_anything_is_trained(study):
     for R0 in (4, 5):
         with pytest.raises(UserError, match=f"merge_rounds={R0}; allowed: 1 to 3"):
             next(merge_and_split(with_mas(study, merge_rounds=R0)))
+        with pytest.raises(UserError, match=f"merge_rounds={R0}; allowed: 1 to 3"):
+            next(restarted(with_mas(study, merge_rounds=R0), list(FIVE), "restarted"))
     settings = replace(study.settings, fl=replace(study.settings.fl, measure_rounds=0))
     for method in (merge_and_split, tag):
         with pytest.raises(UserError, match="fl.measure_rounds=0"):

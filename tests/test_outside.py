@@ -8,7 +8,7 @@ import torch
 
 from mas.run import engine
 from mas_core.config import UserError, override
-from mas_core.methods import all_in_one, merge_and_split
+from mas_core.methods import all_in_one, hoa, merge_and_split, restarted
 from mas_core.records.study import Study
 from mas_core.records.training import train
 
@@ -24,6 +24,7 @@ class Weighted(FedAvg):
     """Losses weighted by the option `first`; the steps taken travel, the server halves them."""
 
     captured = False
+    options = {"first": 1.0}
 
     @classmethod
     def start(cls, net, fl):
@@ -44,7 +45,7 @@ class Weighted(FedAvg):
     taken = 0
 
     def loss_weights(self):
-        return torch.tensor([self.fl.option("first", 1.0), 1.0])
+        return torch.tensor([self.option(self.fl, "first"), 1.0])
 
     def after(self, batch, losses, at_features):
         self.taken += 1
@@ -99,6 +100,28 @@ def test_a_rule(outside, trajectory, folder, store, settings):
     assert store.result(uneven)["test_last"] != store.result(plain)["test_last"]
     assert len({mine.id, plain.id, uneven.id}) == 3
     assert store.trajectory(uneven.id) == uneven
+
+
+def test_a_branch_begins_the_state_of_its_rule_anew(outside, settings, folder, store):
+    fl = replace(settings.fl, method="my_study:Weighted", options=(("first", 2.0),))
+    study = Study("sd", replace(settings, fl=fl), 0, store)
+    recipes = {"split": merge_and_split(study, 2), "whole": restarted(study, ["sd"], "MAS-1")}
+    found = engine.run(recipes, store, folder)
+    branch, R0 = found["whole"].parts[-1].trajectory, settings.mas.merge_rounds
+    train(branch.parent, settings.fl.rounds, store, folder)
+    steps, before = (rows(store, t)["steps"].tolist() for t in (branch, branch.parent))
+    assert len(steps) == settings.fl.rounds - R0
+    assert steps[0] == pytest.approx(before[R0] - before[R0 - 1] / 2, abs=1e-3)
+    assert found["split"].groups == ("s", "d")
+    with pytest.raises(UserError, match="my_study:Weighted has no 'last'; allowed: first"):
+        Study("sd", replace(settings, fl=replace(fl, options=(("last", 2.0),))), 0, store)
+
+
+def test_hoa_of_own_tasks_in_their_tables_order(outside, settings, folder, store):
+    study = Study("zyb", override(settings, {"data.tasks": "my_study:TABLE"}), 0, store)
+    found = engine.run({"hoa": hoa(study, 2)}, store, folder)["hoa"]
+    assert sorted("".join(sorted(set("".join(found.groups))))) == ["b", "y", "z"]
+    assert all(list(g) == sorted(g) for g in found.groups)
 
 
 def test_tasks_a_network_and_a_source_of_data(outside, settings, folder, store):

@@ -14,7 +14,7 @@ from PIL import Image
 from mas_core.config import Data, UserError, stream
 from mas_core.data.clients import open_data
 from mas_core.data.taskonomy import find_views, prepare, read_png, resize
-from mas_core.tasks import DOMAINS, NUM_CLASSES, STORED
+from mas_core.tasks import DOMAINS, NUM_CLASSES, TASKS
 
 SIZE = 16
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real_sample"
@@ -23,9 +23,9 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "real_sample"
 def encoded(domain, building, point, view, size=SIZE):
     """Random values of a domain's encoding, the same for the same view."""
     rng = stream(0, domain, building, point, view)
-    if STORED[domain] == "uint8":
+    if TASKS.stored[domain] == "uint8":
         return rng.integers(0, NUM_CLASSES, (size, size), dtype=np.uint8)
-    if STORED[domain] == "uint8x3":
+    if TASKS.stored[domain] == "uint8x3":
         return rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
     values = rng.integers(0, 12_000, (size, size), dtype=np.uint16)
     values[0, 0] = 65535

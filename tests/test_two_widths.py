@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mas.paper.two_widths import two_widths
-from mas.rivals.two_widths import HELD, corner, held, narrowed, overlap_mean
+from mas.rivals.two_widths import HELD, TwoWidths, corner, held, narrowed, overlap_mean
 from mas_core import models
 from mas_core.config import FL, Model, UserError, stream
 from mas_core.data.clients import open_data
@@ -270,8 +270,7 @@ def test_the_experiment_s_trajectories():
     assert trunk["wide clients only"].fl.clients == (0, 2, 4)
     assert trunk["all narrow"].model.width == 0.5
     assert {t.fl.method for t in trunk.values()} == {"two_widths"}
-    assert {k: t.fl.option("width", 0.5) for k, t in trunk.items()} == dict.fromkeys(kinds, 1) | {
-        "two widths": 0.5
-    }
+    narrow = {kind: TwoWidths.option(t.fl, "width") for kind, t in trunk.items()}
+    assert narrow == dict.fromkeys(kinds, 1) | {"two widths": 0.5}
     for kind in kinds:
         assert first[f"all-in-one {kind}", "sdnkt", 0][0].trajectory == trunk[kind]

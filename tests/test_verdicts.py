@@ -113,6 +113,8 @@ def test_an_interval_lies_inside_or_not():
     assert verdicts.inside(near, -0.5, 1.0).verdict == verdicts.OPEN
     assert verdicts.inside(far, -1.0, 1.0).verdict == verdicts.FAILS
     assert verdicts.inside(verdicts.paired({0: 0.1}), -1.0).verdict == verdicts.ONE_SEED
+    equal = verdicts.paired(dict.fromkeys(range(6), 5.0))
+    assert equal.verdict == HOLDS and verdicts.inside(equal, -1.0, 1.0).verdict == OPEN
 
 
 def test_corrected_verdicts():

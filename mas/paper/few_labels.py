@@ -142,7 +142,7 @@ def training(
 
 def split_off(s: Study, labels: int, group: str, trunk: Trajectory) -> Trajectory:
     """The tasks of `group` continued from the weights of `trunk` at R0."""
-    R0, restart = s.settings.mas.merge_rounds, s.settings.mas.lr_schedule == "restart"
+    R0, restart = s.split_round, s.settings.mas.lr_schedule == "restart"
     fl = training(s, labels, group, measure_rounds=0).fl
     return replace(
         trunk, tasks=group, fl=fl, parent=trunk, start_round=R0, lr_from=R0 if restart else 0
@@ -160,7 +160,7 @@ def trained(s: Study, name: str, trajectories: Sequence[Trajectory]) -> Recipe:
 def one_by_one(s: Study, labels: int, restart: bool = False) -> Recipe:
     """Every task alone, trained by those who hold it; its schedule restarted at R0 if asked for."""
     alone = [training(s, labels, a, "fedavg", measure_rounds=0) for a in TASKS]
-    R0 = s.settings.mas.merge_rounds
+    R0 = s.split_round
     again = [replace(t, parent=t, start_round=R0, lr_from=R0) for t in alone]
     name = f"one-by-one{' restarted' * restart}"
     return (yield from trained(s, name, again if restart else alone))
@@ -173,7 +173,7 @@ def merge_and_split(s: Study, labels: int, splits: int, by: str = "cosines") -> 
     """
     trunk, mas = training(s, labels), s.settings.mas
     read = min(mas.affinity_rounds, mas.merge_rounds)
-    yield [Need(trunk, mas.merge_rounds)]
+    yield [Need(trunk, s.split_round)]
     if by == "full":
         yield [Need(s.all_in_one(), read)]
         S = s.affinities(mas.affinity_rounds, mas.merge_rounds, mas.affinity_at)

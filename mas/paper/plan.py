@@ -19,6 +19,7 @@ from mas_core.federated import state_bytes
 from mas_core.methods import Part
 from mas_core.models import build
 from mas_core.records.store import Affinities, Store, open_store
+from mas_core.records.study import measuring_seconds
 from mas_core.records.training import is_done
 from mas_core.records.trajectory import Trajectory
 
@@ -51,7 +52,7 @@ class AssumedStore(Store):
             draw = stream(trajectory.seed, "assumed", trajectory.tasks)
             values = draw.normal(size=(1, 1, n, n))
         values = values[np.arange(len(rounds)) % len(values)]
-        return Affinities(rounds, np.zeros(values.shape[:2]), values)
+        return Affinities(rounds, *(np.zeros(values.shape[:2]),) * 2, values)
 
     def result(self, trajectory: Trajectory | str) -> dict[str, Any]:
         id_ = trajectory if isinstance(trajectory, str) else trajectory.id
@@ -136,8 +137,10 @@ def recorded_speed(store: Store) -> Speed:
         rows, result = store.rounds(id_), store.result(id_)
         if result:
             measuring = rows[rows["affinity_seconds"] > 0]
-            found.append((result["device"], len(store.trajectory(id_).tasks), *rows[
-                ["samples", "seconds", "affinity_seconds"]].sum(), measuring["seconds"].sum()))
+            t = store.trajectory(id_)
+            extra = measuring_seconds(store, t, rows, result["device"]).sum()
+            found.append((result["device"], len(t.tasks), *rows[["samples", "seconds"]].sum(),
+                          extra, measuring["seconds"].sum()))
     if not found:
         return Speed()
     names = ["device", "tasks", "samples", "seconds", "affinity", "measuring"]

@@ -53,7 +53,11 @@ def results(
     seeds = seeds_on_record(preset, folder) if seeds is None else list(seeds)
     store, found = open_store(preset, folder), {}
     for experiment in experiments:
-        found |= ask(experiment, store, seeds, partial=True)
+        for (method, tasks, seed), value in ask(experiment, store, seeds, partial=True).items():
+            known = found.get((method, tasks, seed))
+            if known is not None and _trained(known) != _trained(value):  # by another arithmetic
+                method = f"{method} ({experiment.__name__})"
+            found[method, tasks, seed] = value
     return tidy(found, time_ratios(folder) if preset == "small" else {})
 
 
@@ -73,6 +77,12 @@ def tidy(
             rows.append(_row(method, r, base) | {"time_ratio": float(np.median(ratio))})
     own = dict.fromkeys(name for row in rows for name in row if name not in RESULTS)
     return pd.DataFrame(rows, columns=[*RESULTS, *own]).astype(RESULTS)
+
+
+def _trained(value: Any) -> list[str]:
+    """The ids of the trajectories behind a result, or a list of them."""
+    results = value if isinstance(value, list) else [value]
+    return sorted({part.trajectory.id for r in results for part in r.parts})
 
 
 def _row(method: str, r: MethodResult, base: MethodResult | None) -> dict[str, Any]:
@@ -97,7 +107,7 @@ def _row(method: str, r: MethodResult, base: MethodResult | None) -> dict[str, A
 def baseline(method: str) -> str:
     """The one-by-one that a method is compared with: of the same setting where one varies."""
     varied = re.search(r" (?:(?:[EKm]|dial|alpha)=[\d.]+|all wide|two widths|wide clients only"
-                       "|all narrow)", method)  # fmt: skip
+                       r"|all narrow)( \(\w+\))?", method)  # fmt: skip
     return "one-by-one" + (varied[0] if varied else "")
 
 
@@ -142,7 +152,8 @@ def time_ratios(folder: Path | str) -> dict[tuple[str, str], list[float]]:
         subjects = json.loads(file.read_text()).get("subjects", {})  # a GPU's file has none
         for row in (*subjects.get("method_cost", []), *subjects.get("rival_cost", [])):
             tasks, _, method = row["subject"].partition(": ")
-            values = [row["min"], row["median"], row["max"]][: row["values"]]
+            kept = {1: ("median",), 2: ("min", "max")}.get(row["values"], ("min", "median", "max"))
+            values = [row[name] for name in kept]
             found.setdefault((tasks, method.rpartition(" (")[0]), values)
             found.setdefault((tasks, "one-by-one"), [1.0] * len(values))
     return found

@@ -109,6 +109,8 @@ def all_of(findings: Iterable[Finding], level: float = LEVEL) -> Finding:
     ups = [f.p if f.effect > f.least else 1.0 for f in parts]
     downs = [f.p if f.effect < f.least else 1.0 for f in parts]
     equal = [min(up, f.p_equivalent) for f, up in zip(parts, ups)]
+    if any(f.verdict == OPEN and math.isnan(f.p) for f in parts):
+        return replace(weakest, verdict=OPEN, p=NAN, p_equivalent=NAN)
     if any(f.verdict == ONE_SEED for f in parts):
         return Finding(ONE_SEED, weakest.effect, seeds=1, least=weakest.least, basis="one seed")
     up = weakest.effect > weakest.least
@@ -294,7 +296,7 @@ def together_by_chance(n: int, x: int) -> float:
     S(n-1, x) / S(n, x) with Stirling numbers of the second kind; an upper bound of how often they
     do so for several numbers of groups up to x at once, whatever the dependence.
     """
-    return len(partitions(n - 1, x)) / len(partitions(n, x))
+    return len(partitions(n - 1, x)) / len(partitions(n, x)) if x < n else 0.0
 
 
 def clustered(
@@ -334,7 +336,8 @@ def inside(finding: Finding, low: float, high: float = math.inf) -> Finding:
     It holds if so, does not hold if the interval lies outside, and is open in between.
     """
     if math.isnan(finding.low):
-        return finding
+        known = finding.verdict in (ONE_SEED, ABSENT)
+        return finding if known else replace(finding, verdict=OPEN)
     holds = low < finding.low and finding.high < high
     fails = finding.high < low or high < finding.low
     return replace(finding, verdict=HOLDS if holds else FAILS if fails else OPEN, p=NAN)

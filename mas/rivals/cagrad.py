@@ -16,9 +16,11 @@ class CAGrad(FedAvg):
     """The encoder steps along sum_i a_i g_i, g_i its gradient of loss i; a is from `weights`.
 
     Decoders keep the gradients of their own losses. a sums the gradients where the methods'
-    papers take means, so that all tasks in agreement give the gradient of all-in-one.
+    papers take means. Where all tasks agree, PCGrad's is the gradient of all-in-one and CAGrad's
+    1 + c times that: its encoder takes longer steps, by up to that factor.
     """
 
+    options = {"c": 0.4}
     captured = measures = False
 
     def encoder_backward(self, forward: TaskPass, at_features: list[Tensor]) -> None:
@@ -30,7 +32,7 @@ class CAGrad(FedAvg):
 
     def weights(self, G: np.ndarray) -> np.ndarray:
         """a (n,) from the inner products G (n, n) of the tasks' gradients."""
-        return conflict_averse(G, self.fl.option("c", 0.4))
+        return conflict_averse(G, self.option(self.fl, "c"))
 
 
 def conflict_averse(G: np.ndarray, c: float) -> np.ndarray:

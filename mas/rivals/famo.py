@@ -30,13 +30,14 @@ class FAMO(FedAvg):
     the gradient's norm at 1; the paper does not mention it, and it is not done here.
     """
 
+    options = {"lr": 0.025, "decay": 0.01}
     captured = measures = False
 
     def __init__(self, net: MultiTaskNet, fl: FL, state: State) -> None:
         super().__init__(net, fl, state)
         self.w = state[W].clone()
         self.adam = torch.optim.Adam(
-            [self.w], fl.option("lr", 0.025), weight_decay=fl.option("decay", 0.01)
+            [self.w], self.option(self.fl, "lr"), weight_decay=self.option(self.fl, "decay")
         )
 
     @classmethod

@@ -32,12 +32,13 @@ class FedHCA2(Personal):
     alpha_k and beta_k, the mean over the kind's layers, are reported.
     """
 
-    numbers = {"c": 0.4, "hyper_lr": 0.01}
+    options = {"c": 0.4, "hyper_lr": 0.01, "share": 0.1}
+    numbers = ("c", "hyper_lr")
 
     @classmethod
     def start(cls, net: nn.Module, fl: FL) -> State:
         names = parameters(net.state_dict(), "kinds.")
-        share = torch.tensor(fl.option("share", 0.1))
+        share = torch.tensor(cls.option(fl, "share"))
         return {SHARE + layer_of(n): share.clone() for n in names if is_mixed(n)}
 
     @classmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mas_core.fedavg import FedAvg, weighted_mean
-from mas_core.models import State, TaskPass, forward_tasks, gradient_at_features
+from mas_core.models import State, TaskPass, forward_tasks
 from mas_core.tasks import Batch
 
 HELD = "labels.held."  # task letter: 1 where the client had its labels; to the server only
@@ -34,7 +34,7 @@ class LabelHolders(FedAvg):
     """
 
     captured = measures = False
-    numbers: dict[str, float] = {}  # options that the server needs, with their defaults
+    numbers: tuple[str, ...] = ()  # options that the server needs
     held = ""
 
     def part(self, held: str) -> Any:
@@ -52,7 +52,7 @@ class LabelHolders(FedAvg):
         optimizer.zero_grad()  # gradients that stay None leave the other decoders alone
         forward = forward_tasks(self.part(self.held), batch)
         at_features = forward.backward_decoders()
-        forward.features.backward(gradient_at_features(at_features, self.scale))
+        self.encoder_backward(forward, at_features)
         optimizer.step()
         losses = forward.losses.new_zeros(len(self.net.tasks))
         losses[[self.net.tasks.index(a) for a in self.held]] = forward.losses.detach()
@@ -61,8 +61,8 @@ class LabelHolders(FedAvg):
     def travelling(self) -> State:
         held = {HELD + a: torch.tensor(a in self.held) for a in self.net.tasks}
         options = {
-            OPTION + name: torch.tensor(self.fl.option(name, default), dtype=torch.float64)
-            for name, default in self.numbers.items()
+            OPTION + name: torch.tensor(self.option(self.fl, name), dtype=torch.float64)
+            for name in self.numbers
         }
         return held | options | {SENT + name: tensor for name, tensor in self.state.items()}
 

@@ -27,7 +27,8 @@ class MaTFL(Personal):
     own_k is reported: the weight that kind k kept for itself when it was last mixed.
     """
 
-    numbers = {"threshold": 1.0}
+    options = {"threshold": 1.0}
+    numbers = ("threshold",)
 
     @classmethod
     def start(cls, net: nn.Module, fl: FL) -> State:

@@ -21,9 +21,11 @@ class PCGrad(CAGrad):
     travels. It is the same for all clients of a round.
     """
 
+    options = {"seed": 0}
+
     def __init__(self, net: MultiTaskNet, fl: FL, state: State) -> None:
         super().__init__(net, fl, state)
-        self.rng = stream(int(fl.option("seed", 0)), "pcgrad", int(state[ROUND]))
+        self.rng = stream(int(self.option(self.fl, "seed")), "pcgrad", int(state[ROUND]))
 
     @classmethod
     def start(cls, net: nn.Module, fl: FL) -> State:

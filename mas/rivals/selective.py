@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mas_core.affinity import frozen_statistics
 from mas_core.config import FL, stream
 from mas_core.fedavg import FedAvg
-from mas_core.models import MultiTaskNet, State, TaskPass, forward_tasks, gradient_at_features
+from mas_core.models import MultiTaskNet, State, TaskPass, forward_tasks
 from mas_core.tasks import Batch
 
 B, ROUND = "selective.affinity", "selective.round"
@@ -36,12 +36,13 @@ class Selective(FedAvg):
     the round.
     """
 
+    options = {"seed": 0, "decay": 0.005}
     captured = measures = False
 
     def __init__(self, net: MultiTaskNet, fl: FL, state: State) -> None:
         super().__init__(net, fl, state)
         self.B = state[B].double().cpu().numpy()
-        self.rng = stream(int(fl.option("seed", 0)), "selective", int(state[ROUND]))
+        self.rng = stream(int(self.option(self.fl, "seed")), "selective", int(state[ROUND]))
 
     @classmethod
     def start(cls, net: nn.Module, fl: FL) -> State:
@@ -71,7 +72,7 @@ class Selective(FedAvg):
                 forward = forward_tasks(self.net, batch)
             forward.losses[groups[k]].sum().backward()
             at_features = [forward.handles[i].grad for i in groups[k]]
-            forward.features.backward(gradient_at_features(at_features, self.scale))
+            self.encoder_backward(forward, at_features)
             optimizer.step()
             stepped.append(groups[k])
             losses.append(forward.losses.detach())
@@ -79,7 +80,7 @@ class Selective(FedAvg):
             losses.append(forward_tasks(self.net, batch).losses)
         seen = torch.stack(losses).double().cpu().numpy()  # (m + 1, n)
         for group, (before, after) in zip(stepped, pairwise(seen), strict=True):
-            self.B = tracked(self.B, group, before, after, self.fl.option("decay", 0.005))
+            self.B = tracked(self.B, group, before, after, self.option(self.fl, "decay"))
         return losses[0]
 
 

@@ -49,15 +49,16 @@ class TwoWidths(FedAvg):
     With width 1 this is FedAvg with static BatchNorm: what other clients are to be compared with.
     """
 
+    options = {"every": 2, "width": 0.5, "batches": 2}
     captured = False
 
     def network(self, client: int | None) -> MultiTaskNet:
         if client is None:
             raise UserError("fl.method=two_widths treats clients by their index; "
                             "hand `client` to local_update")  # fmt: skip
-        self.wide, every = self.net, int(self.fl.option("every", 2))
+        self.wide, every = self.net, int(self.option(self.fl, "every"))
         if client % every == every - 1:
-            self.net = narrowed(self.wide, self.fl.option("width", 0.5))
+            self.net = narrowed(self.wide, self.option(self.fl, "width"))
         self.held = held(self.net, self.wide)
         self.unsent = sum(
             int((self.held[HELD + name] == 0).sum()) * tensor.element_size()
@@ -86,7 +87,7 @@ class TwoWidths(FedAvg):
         device = next(net.parameters()).device
         for k in range(len(data.names)) if fl.clients is None else fl.clients:
             drawn = data.epoch(k, net.tasks, fl.batch_size, stream(0, "statistics", k), device)
-            for batch in islice(drawn, int(fl.option("batches", 2))):
+            for batch in islice(drawn, int(cls.option(fl, "batches"))):
                 with autocast(batch.image):
                     net(batch.image)
         for m, momentum in zip(norms, usual, strict=True):

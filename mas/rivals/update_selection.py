@@ -21,8 +21,10 @@ class UpdateSelection(LabelHolders):
     The rest, BatchNorm's statistics and decoders included, is averaged as in `LabelHolders`.
     """
 
+    options = {"keep": 0.3}
+
     def travelling(self) -> State:
-        keep, own = self.fl.option("keep", 0.3), self.net.state_dict()
+        keep, own = self.option(self.fl, "keep"), self.net.state_dict()
         kept = {
             name: self.state[name] + selected(own[name] - self.state[name], keep)
             for name in parameters(own, "encoder.")

@@ -75,11 +75,6 @@ def estimated_kwh(seconds: float, device_name: str) -> tuple[float, str]:
     return watts * seconds / JOULES_PER_KWH, f"{watts:g} W, a guess of a data-centre {what}"
 
 
-def co2_grams(kwh: float | None) -> float | None:
-    """Grams of CO2 equivalents, energy x 294.21 g/kWh; None where the energy is not known."""
-    return None if kwh is None else kwh * GRAMS_CO2_PER_KWH
-
-
 def peak_memory_bytes(device: torch.device | str) -> int:
     """Most bytes held at once so far: by tensors on a GPU, else by this process (resident set)."""
     if torch.device(device).type == "cuda":
@@ -117,14 +112,6 @@ class Cost:
     samples: int  # images trained on, repeats counted
     peak_memory_bytes: int  # of the training processes up to then, not of this alone
     devices: tuple[str, ...] = ()  # names of those that trained; seconds of several do not compare
-
-    @property
-    def co2_grams(self) -> float | None:
-        return co2_grams(self.energy_kwh)
-
-    @property
-    def co2_grams_estimated(self) -> float | None:
-        return co2_grams(self.energy_kwh_estimated)
 
     def __add__(self, other: Cost) -> Cost:
         """Sums, None where a part is None; the higher peak; each source named once."""

@@ -52,6 +52,7 @@ class Affinities:
 
     rounds: np.ndarray  # (T,) the rounds measured
     clients: np.ndarray  # (T, K) client ids
+    measurements: np.ndarray  # (T, K) how many steps each has measured
     values: np.ndarray  # (T, K, n, n) S[i, j], row updates, column receives; NaN diagonal
 
 
@@ -176,10 +177,11 @@ class Store:
         try:
             n = math.isqrt(len(table.columns) - 3)
             values = table.iloc[:, 3:].to_numpy(float).reshape(len(rounds), -1, n, n)
-            clients = table["client"].to_numpy(int).reshape(values.shape[:2])
+            clients, measurements = (table[name].to_numpy(int).reshape(values.shape[:2])
+                                     for name in ("client", "measurements"))  # fmt: skip
         except (ValueError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from None
-        return Affinities(rounds, clients, values)
+        return Affinities(rounds, clients, measurements, values)
 
     @contextlib.contextmanager
     def lock(self, trajectory: Trajectory) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..config import Settings, UserError, outside
+from ..fedavg import rule_of
 from ..methods import Part
 from ..tasks import check_tasks, sort_tasks
 from .cost import JOULES_PER_KWH, Cost, estimated_kwh
@@ -27,6 +28,10 @@ class Study:
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, self._table)
+        allowed = rule_of(self.settings.fl).options
+        for name in [name for name, _ in self.settings.fl.options if name not in allowed]:
+            raise UserError(f"fl.options: {self.settings.fl.method} has no {name!r}; allowed: "
+                            + (", ".join(allowed) or "none"))  # fmt: skip
 
     @property
     def _table(self) -> Any:
@@ -35,6 +40,14 @@ class Study:
     @property
     def rounds(self) -> int:
         return self.settings.fl.rounds
+
+    @property
+    def split_round(self) -> int:
+        """R0, after which groups go on from the all-in-one weights."""
+        R0 = self.settings.mas.merge_rounds
+        if R0 >= self.rounds:
+            raise UserError(f"merge_rounds={R0}; allowed: 1 to {self.rounds - 1}")
+        return R0
 
     def letters(self, group: Iterable[int]) -> str:
         """Indices of an affinity matrix as task letters."""
@@ -62,9 +75,7 @@ class Study:
 
     def from_all_in_one(self, group: str) -> Trajectory:
         """The tasks of `group` continued from the all-in-one weights of round R0."""
-        start = self.settings.mas.merge_rounds
-        if start >= self.rounds:
-            raise UserError(f"merge_rounds={start}; allowed: 1 to {self.rounds - 1}")
+        start = self.split_round
         return replace(
             self.unmeasured().all_in_one(),
             tasks=sort_tasks(group, self._table),
@@ -76,7 +87,7 @@ class Study:
     def again(self, group: str) -> Trajectory:
         """The tasks of `group` from scratch, their learning-rate schedule restarted at R0."""
         alone = replace(self.unmeasured().all_in_one(), tasks=sort_tasks(group, self._table))
-        start = self.settings.mas.merge_rounds
+        start = self.split_round
         return replace(alone, parent=alone, start_round=start, lr_from=start)
 
     def affinities(self, window: int, rounds: int | None = None, at: str = "mean") -> np.ndarray:
@@ -190,18 +201,19 @@ def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
     its rounds were trained on several devices, the source of the figures says so.
 
     Seconds are those of local training and averaging. Affinities are measured in more rounds than
-    a method asks for; the time of those measurements is left out, and energy in proportion. With
-    it goes one backward pass through the encoder a measured step, which training needs anyway.
+    a method asks for; the time of those measurements is left out, and energy in proportion. On a
+    CPU one backward pass through the encoder goes with each, which training needs anyway.
     """
     table = store.rounds(part.trajectory)
     columns = {name: table[name].to_numpy() for name in _COUNTED}
     paid = (columns["round"] >= part.begin) & (columns["round"] < part.end)
     rows = {name: column[paid] for name, column in columns.items()}
-    extra = np.where(rows["round"] >= part.affinity_rounds, rows["affinity_seconds"], 0.0)
+    result = store.result(part.trajectory) or store.result(like or part.trajectory) or {}
+    extra = measuring_seconds(store, part.trajectory, rows, result.get("device", ", 1 thread"))
+    extra = np.where(rows["round"] >= part.affinity_rounds, extra, 0.0)
     seconds = rows["seconds"] - extra
     with np.errstate(invalid="ignore"):  # a round planned, not trained, takes no time
         joules = rows["joules"].astype(float) * (seconds / rows["seconds"])
-    result = store.result(part.trajectory) or store.result(like or part.trajectory) or {}
     estimate, source = estimated_kwh(seconds.sum(), result.get("device", ", 1 thread"))
     measured = np.isfinite(joules).all()
     devices = tuple(result.get("devices") or filter(None, [result.get("device")]))
@@ -218,3 +230,19 @@ def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
         peak_memory_bytes=int(result.get("peak_memory_bytes") or 0),
         devices=devices,
     )
+
+
+def measuring_seconds(store: Store, trajectory: Trajectory, rows: Any, device: str) -> np.ndarray:
+    """Seconds that measuring affinities added to each of the rounds in `rows`.
+
+    On a CPU they are on record. A GPU's record has all of the steps that measured; without
+    measuring they would have taken as long as the others.
+    """
+    seconds, spent, samples = (np.asarray(rows[name], float) for name in
+                               ("seconds", "affinity_seconds", "samples"))  # fmt: skip
+    if "thread" in device or not spent.any():
+        return spent
+    found = store.affinities(trajectory)
+    steps = dict(zip(found.rounds.tolist(), found.measurements.sum(1)))  # that measured
+    share = np.array([steps.get(r, 0) for r in rows["round"]]) * trajectory.fl.batch_size / samples
+    return spent - (seconds - spent) * share / np.maximum(1 - share, 0.01)

@@ -203,13 +203,12 @@ def start_state(
     capture: Callable | None = None,
 ) -> State:  # fmt: skip
     """The state a trajectory starts from: initial weights, or its parent's at the start round."""
-    device = state_device(net)
+    device, own = state_device(net), rule_of(trajectory.fl).start(net, trajectory.fl)
     if trajectory.parent is None:
-        state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        return state | rule_of(trajectory.fl).start(net, trajectory.fl)
+        return {name: tensor.clone() for name, tensor in net.state_dict().items()} | own
     parent, begin = trajectory.parent, trajectory.start_round
     whole = state_at(parent, begin, store, data_folder, device, capture)
-    return restrict_state(whole, trajectory.tasks)
+    return restrict_state(whole, trajectory.tasks) | own
 
 
 def state_at(
