@@ -34,6 +34,7 @@ from mas_core.data.rooms.folder import ensure_rooms
 from mas_core.fedavg import rule_of
 from mas_core.federated import check_finite, client_batches, load_state, select_clients
 from mas_core.local import local_update
+from mas_core.methods import check_measured
 from mas_core.models import State, restrict_state
 from mas_core.records.evaluate import evaluate
 from mas_core.records.store import Store
@@ -86,7 +87,8 @@ def fit(message: Message, context: Context) -> Message:
     own = load_state(net, state)
     measure = r < trajectory.fl.measure_rounds and rule_of(trajectory.fl).measures
     batches = client_batches(trajectory, data, k, r, torch.device("cpu"))
-    done = local_update(net, batches, trajectory.fl, trajectory.lr(r), measure, state)
+    done = local_update(net, batches, trajectory.fl, trajectory.lr(r), measure, state,
+                        client=k)
     for losses in done.step_losses.tolist():
         check_finite(losses, net.tasks, f"client {data.names[k]}", r, trajectory.lr(r))
     told: dict[str, Any] = {"partition": k, "images": data.count(k, "train")}
@@ -133,6 +135,9 @@ def one_round(
 def merge_and_split(grid: Grid, run: dict[str, Any]) -> dict[str, Any]:
     """Algorithm 1 over a grid of nodes; writes the last states and returns what came out."""
     study = study_of(run)
+    check_measured(study, min(study.settings.mas.affinity_rounds, study.split_round))
+    if study.settings.fl.arithmetic != "single":
+        raise UserError("Flower's clients train apart; set fl.arithmetic=single")
     data = open_clients(study.settings.data, Path(run["data"]), study.tasks)
     nodes, mas = nodes_of(grid, len(data.names)), study.settings.mas
     out = Path(run["out"])
@@ -150,15 +155,18 @@ def merge_and_split(grid: Grid, run: dict[str, Any]) -> dict[str, Any]:
     net = build(trunk)
     start = net.state_dict() | rule_of(trunk.fl).start(net, trunk.fl)
     merged, measured = train(trunk, start, mas.merge_rounds)
-    S = np.mean(measured[: mas.affinity_rounds], 0)
+    read = measured[: mas.affinity_rounds]
+    S = read[-1].copy() if mas.affinity_at == "last" else np.mean(read, 0)
     np.fill_diagonal(S, 0.0)
     groups = [study.letters(g) for g in best_split(S, int(run["splits"])).groups]
     losses: dict[str, float] = {}
     for group in groups:
         branch = study.from_all_in_one(group)
-        state, _ = train(branch, restrict_state(merged, branch.tasks), study.rounds)
-        net = build(branch).to(memory_format=torch.channels_last)
+        net, rule = build(branch).to(memory_format=torch.channels_last), rule_of(branch.fl)
+        begin = restrict_state(merged, branch.tasks) | rule.start(net, branch.fl)
+        state, _ = train(branch, begin, study.rounds)
         load_state(net, state)
+        rule.before_test(net, branch.fl, data)
         losses |= evaluate(net, data.evaluation("test", branch.tasks, 64, "cpu"))
     found = {"groups": groups, "test_losses": losses, "total": sum(losses.values())}
     (out / "result.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -13,6 +13,8 @@ from typing import Any
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 success, 1 something failed, 2 bad input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where my_module of --set fl.method=my_module:Name may lie
     from mas_core.config import UserError
 
     before = signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C
@@ -21,8 +23,11 @@ def main(argv: list[str] | None = None) -> int:
                             ("threads", "1 and more"),
                             ("images_per_second", "more than 0")):  # fmt: skip
             value = getattr(arguments, name, None)  # None: the command decides
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}; allowed: {least}")
+        for seed in (getattr(arguments, "seed", 0), *(getattr(arguments, "seeds", None) or ())):
+            if seed < 0:
+                raise UserError(f"seed {seed}; allowed: 0 and more")
         status = arguments.function(arguments) or 0
         sys.stdout.flush()
         return status
@@ -238,8 +243,12 @@ def _site_options(site: argparse.ArgumentParser) -> None:
 
 
 def _site(arguments: argparse.Namespace) -> None:
+    from mas_core.config import PRESETS, UserError
+
     from .paper.site import site
 
+    if arguments.preset not in PRESETS:
+        raise UserError(f"unknown preset {arguments.preset!r}; allowed: {', '.join(PRESETS)}")
     pages = site(arguments.out, arguments.results, arguments.figures, arguments.preset)
     print(f"{pages} notebooks; open {arguments.out / 'index.html'}")
 

@@ -239,26 +239,14 @@ class Settings:
 _SMOKE = Settings(
     Data(size=32, buildings=6, views=40),
     Model("tiny", output_stride=4),
-    FL(
-        rounds=16,
-        clients_per_round=2,
-        batch_size=8,
-        measure_rounds=16,
-        affinity_every=4,
-        evaluate_every=4,
-    ),
+    FL(rounds=16, clients_per_round=2, batch_size=8, measure_rounds=16, affinity_every=4,
+       evaluate_every=4),
     Mas(merge_rounds=4, affinity_rounds=3),
-)
-_SMALL = Settings(
-    Data(size=32, buildings=32, views=96),
-    Model("small", output_stride=4),
-    FL(batch_size=8, measure_rounds=100),
-)
-_MEDIUM = replace(
-    _SMALL,
-    data=replace(_SMALL.data, views=480),
-    fl=replace(_SMALL.fl, arithmetic="grouped"),
-)
+)  # fmt: skip
+_SMALL = Settings(Data(size=32, buildings=32, views=96), Model("small", output_stride=4),
+                  FL(batch_size=8, measure_rounds=100))  # fmt: skip
+_MEDIUM = replace(_SMALL, data=replace(_SMALL.data, views=480),
+                  fl=replace(_SMALL.fl, arithmetic="grouped"))  # fmt: skip
 _PAPER = Settings(
     Data("taskonomy", size=256, buildings=32),
     Model("full", output_stride=16),

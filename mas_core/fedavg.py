@@ -48,9 +48,15 @@ class FedAvg:
     """
 
     options: dict[str, float] = {}  # what `fl.options` may give, with the defaults
-    captured = True  # a captured CUDA step (run/cuda_graph.py) does the same as `step`
+    captured = True  # a captured (run/cuda_graph.py) or grouped (grouped.py) step does the same
     measures = True  # affinities can be measured beside its steps
     unsent = 0  # bytes of the server's state that this client neither receives nor sends
+
+    def __init_subclass__(cls) -> None:
+        """What changes a client's step is not captured or grouped, unless it says it can be."""
+        if vars(cls).keys() & {"__init__", "network", "travelling", "step", "loss_weights",
+                               "encoder_backward", "correct", "after"}:  # fmt: skip
+            cls.captured = vars(cls).get("captured", False)
 
     def __init__(self, net: MultiTaskNet, fl: FL, state: State) -> None:
         self.net, self.fl, self.state = net, fl, state

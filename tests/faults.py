@@ -278,11 +278,11 @@ DAMAGES: dict[str, Callable[[Path, random.Random], object]] = {
 
 
 def faults(seconds: float, seed: int = 0, rounds: int | None = None) -> Campaign:
-    """All kinds in turns until the time or the rounds end; a round is a kill and nine others."""
-    end = time.monotonic() + seconds
+    """All kinds in turns, at least once, for a time or some rounds: a kill and nine others each."""
     with tempfile.TemporaryDirectory(prefix="mas-faults-") as scratch:
         campaign, done = Campaign(Path(scratch), seed), 0
-        while done != rounds and time.monotonic() < end:
+        end = time.monotonic() + seconds
+        while done != rounds and (not done or time.monotonic() < end):
             campaign.kill()
             for _ in range(6):
                 campaign.damage()

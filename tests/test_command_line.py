@@ -77,7 +77,7 @@ def messages(err):
         (["reproduce", "figure_05_sdnkt", "-p", "seeds=1"], "seeds=1 .*allowed: list"),
         (["reproduce", "figure_05_sdnkt", "-p", "seeds"], "write NAME=VALUE"),
         (["render", "--out", "out", "--size", "4"], "size must be .* 16 to 1024, not 4"),
-        (["run", "mas", "--set", "fl.method=fedprox"], "fl.method=fedprox measures no affinities"),
+        (["run", "mas", "--set", "fl.method=famo"], "fl.method=famo measures no affinities"),
         (["run", "mas", "--set", "data.size=16", "--set", "model.output_stride=16", "--set",
           "fl.batch_size=1"], "batch_size=1 with size=16 .*allowed: batches of 2"),
         (["run", "mas", "--threads", "0"], "--threads 0; allowed: 1"),
@@ -85,6 +85,11 @@ def messages(err):
         (["reproduce", "figure_04_data", "--slurm", ""], "--slurm is empty; allowed: a partition"),
         (["render", "--out", "out", "--heterogeneity", "2"], r"lie in \[0, 1\], not 2"),
         (["prepare", "--root", "nowhere"], "nowhere does not exist"),
+        (["run", "mas", "--seed", "-1"], "seed -1; allowed: 0 and more"),
+        (["plan", "--seeds", "0", "-1"], "seed -1; allowed: 0 and more"),
+        (["plan", "--images-per-second", "nan"], "--images-per-second nan; allowed: more than 0"),
+        (["site", "--out", "out", "--preset", "tiny"], "unknown preset 'tiny'; allowed: smoke"),
+        (["run", "all-in-one", "--set", "fl.options=c:0.5"], "fedavg has no 'c'; allowed: none"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(argv, says, capsys, tmp_path, monkeypatch):
@@ -93,6 +98,19 @@ def test_bad_input_is_one_line_and_writes_nothing(argv, says, capsys, tmp_path, 
     preset = ["--preset", "smoke"] if takes_preset else []
     assert re.search(says, refused(capsys, *argv, *preset))
     assert not files(tmp_path)
+
+
+def test_a_rule_of_ones_own_is_found_where_one_stands(capsys, tmp_path, folder, monkeypatch):
+    (tmp_path / "own_rule.py").write_text(
+        "from mas_core.fedavg import FedAvg\n\n\nclass Own(FedAvg):\n"
+        "    def correct(self):\n        raise ZeroDivisionError\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    said = ["run", "all-in-one", "--tasks", "dk", *TINY, "--data", str(folder),
+            "--results", str(tmp_path), "--set", "fl.method=own_rule:Own",
+            "--set", "fl.arithmetic=grouped"]  # fmt: skip
+    assert main(said) == 1 and "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_data_folder_that_does_not_serve_is_refused(capsys, tmp_path, folder):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mas.run import engine
-from mas_core.config import UserError, override
+from mas_core.config import FL, RULES, UserError, override
+from mas_core.fedavg import FedAvg, rule_of
 from mas_core.methods import all_in_one, hoa, merge_and_split, restarted
 from mas_core.records.study import Study
 from mas_core.records.training import train
@@ -23,7 +24,6 @@ from mas_core.tasks import Task, TaskTable, cross_entropy, l1
 class Weighted(FedAvg):
     """Losses weighted by the option `first`; the steps taken travel, the server halves them."""
 
-    captured = False
     options = {"first": 1.0}
 
     @classmethod
@@ -100,6 +100,17 @@ def test_a_rule(outside, trajectory, folder, store, settings):
     assert store.result(uneven)["test_last"] != store.result(plain)["test_last"]
     assert len({mine.id, plain.id, uneven.id}) == 3
     assert store.trajectory(uneven.id) == uneven
+
+
+def test_what_changes_a_step_is_neither_captured_nor_grouped():
+    changed = ("step", "loss_weights", "encoder_backward", "correct", "after", "network",
+               "travelling", "__init__")  # fmt: skip
+    for name in changed:
+        assert FedAvg.captured and not type("Own", (FedAvg,), {name: None}).captured
+    assert type("Own", (FedAvg,), {"average": None}).captured  # the server's part alone
+    assert type("Own", (FedAvg,), {"correct": None, "captured": True}).captured
+    own = [rule_of(FL(method=name)) for name in RULES if name != "fedavg"]
+    assert len(own) == 12 and not any(rule.captured for rule in own)
 
 
 def test_a_branch_begins_the_state_of_its_rule_anew(outside, settings, folder, store):

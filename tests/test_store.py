@@ -407,6 +407,19 @@ def test_a_result_without_losses(trajectory, folder, whole, store):
     refused(trajectory, store, folder, "result.json is damaged .*restore it, or delete")
 
 
+def test_a_changed_number_in_a_result_is_refused(trajectory, folder, store):
+    train(trajectory, 4, store, folder)
+    path = store.folder(trajectory) / "result.json"
+    result = json.loads(path.read_text())
+    result["test_best"]["d"] /= 2
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match="result.json is not as it was written"):
+        Store(store.results, store.preset).result(trajectory)
+    del result["sha256"]["result"]  # as records were written before
+    path.write_text(json.dumps(result))
+    assert Store(store.results, store.preset).result(trajectory)["test_best"] == result["test_best"]
+
+
 @pytest.mark.parametrize(
     "content", [b"[1, 2]", b"7", b'{"test_best": {}}', b"\xff\xfe", b""], ids=repr
 )

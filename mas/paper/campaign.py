@@ -19,6 +19,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -138,8 +139,8 @@ def campaign(
                 continue
             try:
                 train_recipes(_all(rows, store), store, base, data, compute, stop_at=stop_at)
-            except (EngineError, UserError) as error:
-                if time.time() < stop_at:  # later it is a worker ended for want of time
+            except (EngineError, UserError, BrokenExecutor) as error:
+                if time.time() < stop_at:  # later it is a process ended for want of time
                     print(f"mas: {error}", file=sys.stderr)
                     failed = True
     finally:

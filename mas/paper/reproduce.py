@@ -24,7 +24,7 @@ from mas_core.records.store import Store, open_store
 from ..frames import seeds_on_record
 from ..run.engine import EngineError, collect
 from ..run.workers import Compute, train_recipes
-from .experiments import Recipes, chosen, recipes_of
+from .experiments import NOTEBOOKS, Recipes, chosen, recipes_of
 
 CORES = os.cpu_count() or 1
 KINDS = {"seeds": list, "overrides": dict}  # of parameters whose default is None
@@ -49,7 +49,9 @@ def reproduce(arguments: Namespace, overrides: dict[str, Any], compute: Compute)
     if arguments.seeds or not arguments.no_train:
         standard["seeds"] = seeds
     given = _given(arguments.parameter) | ({"overrides": overrides} if overrides else {})
-    parameters = {s: checked(folder / f"{s}.ipynb", standard, given) for s in stems}
+    own = {name: value for name, value in standard.items() if name != "train_missing"}
+    parameters = {s: checked(folder / f"{s}.ipynb", standard if NOTEBOOKS[s] or arguments.no_train
+                             else own, given) for s in stems}  # fmt: skip
     store, failed = open_store(preset, arguments.results), False
 
     def recipes() -> Recipes:  # what several notebooks share, once

@@ -21,7 +21,7 @@ class CAGrad(FedAvg):
     """
 
     options = {"c": 0.4}
-    captured = measures = False
+    measures = False
 
     def encoder_backward(self, forward: TaskPass, at_features: list[Tensor]) -> None:
         gradients = encoder_gradients(self.net, forward, at_features, self.scale)

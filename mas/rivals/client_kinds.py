@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mas_core.config import Model
+from mas_core.config import FL, Model, UserError
 from mas_core.models import MultiTaskNet, State
 from mas_core.tasks import TaskTable
 
@@ -57,8 +57,20 @@ class Personal(LabelHolders):
     network of `Kinds`. The recorded bytes are those of all kinds, more than a client needs.
     """
 
+    @classmethod
+    def start(cls, net: nn.Module, fl: FL) -> State:
+        if not hasattr(net, "kinds"):
+            raise UserError(f"fl.method={fl.method} trains a network for each kind of client; "
+                            "set model.size, for example to mas.rivals.client_kinds:small_1")
+        return {}
+
     def part(self, held: str) -> Any:
-        return next(net for net in self.net.kinds.values() if net.tasks == held)
+        own = [net for net in self.net.kinds.values() if net.tasks == held]
+        if not own:
+            raise UserError(f"a client holds the labels of {held}, for which there is no network; "
+                            f"there are: {', '.join(self.net.kinds)}. Set data.source, for example "
+                            "to mas.paper.few_labels:labels_1")  # fmt: skip
+        return own[0]
 
     @classmethod
     def average(cls, states: Iterable[tuple[State, float]]) -> State:

@@ -31,7 +31,7 @@ class FAMO(FedAvg):
     """
 
     options = {"lr": 0.025, "decay": 0.01}
-    captured = measures = False
+    measures = False
 
     def __init__(self, net: MultiTaskNet, fl: FL, state: State) -> None:
         super().__init__(net, fl, state)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mas_core.config import FL, Model, stream_seed
+from mas_core.config import FL, Model, UserError, stream_seed
 from mas_core.fedavg import FedAvg
 from mas_core.models import MultiTaskNet, State, TaskPass, autocast
 from mas_core.tasks import Batch, TaskTable, task_losses
@@ -59,12 +59,19 @@ class FedEM(FedAvg):
     learner everything by round 50, and with it twice the learning rate.)
     """
 
-    captured = measures = False
+    measures = False
     seen = 0  # images of this visit
 
     def __init__(self, net: nn.Module, fl: FL, state: State) -> None:
         super().__init__(net, fl, state)
         net.pi.fill_(1 / len(net.pi))
+
+    @classmethod
+    def start(cls, net: nn.Module, fl: FL) -> State:
+        if not hasattr(net, "pi"):
+            raise UserError("fl.method=fedem trains two networks; "
+                            "set model.size, for example to mas_core.rules.fedem:small")
+        return {}
 
     @classmethod
     def report(cls, state: State, tasks: str) -> dict[str, float]:

@@ -37,6 +37,7 @@ class FedHCA2(Personal):
 
     @classmethod
     def start(cls, net: nn.Module, fl: FL) -> State:
+        super().start(net, fl)
         names = parameters(net.state_dict(), "kinds.")
         share = torch.tensor(cls.option(fl, "share"))
         return {SHARE + layer_of(n): share.clone() for n in names if is_mixed(n)}

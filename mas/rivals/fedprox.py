@@ -10,7 +10,7 @@ from mas_core.models import MultiTaskNet, State
 class FedProx(FedAvg):
     """Adds mu/2 |w - w_server|^2 to every client's loss, mu = `fl.prox_mu`."""
 
-    captured = measures = False
+    measures = False
 
     def __init__(self, net: MultiTaskNet, fl: FL, state: State) -> None:
         super().__init__(net, fl, state)

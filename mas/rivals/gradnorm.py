@@ -21,7 +21,7 @@ class GradNorm(FedAvg):
     and so do the first losses L_i(0); alpha and the step are `fl.gradnorm_alpha`, `fl.gradnorm_lr`.
     """
 
-    captured = measures = False
+    measures = False
 
     def __init__(self, net: MultiTaskNet, fl: FL, state: State) -> None:
         super().__init__(net, fl, state)

@@ -33,7 +33,7 @@ class LabelHolders(FedAvg):
     share_a times their mean, as the others count 0), and cos_a_b: see `update_cosines`.
     """
 
-    captured = measures = False
+    measures = False
     numbers: tuple[str, ...] = ()  # options that the server needs
     held = ""
 

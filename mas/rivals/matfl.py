@@ -32,6 +32,7 @@ class MaTFL(Personal):
 
     @classmethod
     def start(cls, net: nn.Module, fl: FL) -> State:
+        super().start(net, fl)
         return {f"{TOLD}own_{kind}": torch.tensor(1.0) for kind in net.kinds}
 
     @classmethod

@@ -32,12 +32,13 @@ class Selective(FedAvg):
     The option `decay` (0.005) is the weight of a new affinity: 1e-4 in the released code, over
     40,000 batches; a client's chain of batches has about 900 here. The released code adds a
     group's effect to the group that steps next, and leaves out the last one's; here each goes to
-    the group that stepped. The order comes from the stream "selective" of the option `seed` and
-    the round.
+    the group that stepped. There a single group steps twice a batch, here once; where affinity
+    propagation finds no exemplar, it tries on and keeps the last groups, here every task is alone.
+    The order comes from the stream "selective" of the option `seed` and the round.
     """
 
     options = {"seed": 0, "decay": 0.005}
-    captured = measures = False
+    measures = False
 
     def __init__(self, net: MultiTaskNet, fl: FL, state: State) -> None:
         super().__init__(net, fl, state)

@@ -50,7 +50,6 @@ class TwoWidths(FedAvg):
     """
 
     options = {"every": 2, "width": 0.5, "batches": 2}
-    captured = False
 
     def network(self, client: int | None) -> MultiTaskNet:
         if client is None:

@@ -16,8 +16,9 @@ from ..tasks import Batch, Task, task_losses
 def evaluate(
     net: MultiTaskNet, batches: Iterable[Batch], measure: Callable = task_losses
 ) -> dict[str, float]:
-    """Mean loss (or `measure`) of every task over all images of `batches`, each counted once.
+    """Mean loss (or `measure`) of every task over `batches`, weighted by their images.
 
+    A loss that is a mean over labelled pixels (cross_entropy) depends on how images are batched.
     BatchNorm uses its running statistics. The losses stay on the device until the last batch.
     """
     net.eval()

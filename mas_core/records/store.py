@@ -36,6 +36,7 @@ import numpy as np
 import pandas as pd
 
 from ..config import FL, Data, Model, UserError
+from ..data.arrays import hash_json
 from .trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -120,8 +121,9 @@ class Store:
         if result is not None and done < trajectory.fl.rounds:
             raise UserError(f"{folder} lacks rounds of a complete record; {_REMEDY}")
         for name, digest in (result or {}).get("sha256", {}).items():
-            if not (folder / name).exists() or _digest(folder / name) != digest:
-                raise UserError(f"{folder / name} is not as it was written; {_REMEDY}")
+            file = folder / name
+            if name != "result" and (not file.exists() or _digest(file) != digest):
+                raise UserError(f"{file} is not as it was written; {_REMEDY}")
         last = self.checkpoint_path(trajectory, "last")
         if result is None and last.exists():
             about = self._read_checkpoint(last)[0]
@@ -140,6 +142,9 @@ class Store:
             losses = [result.get(key) for key in ("test_best", "test_last")]
             if any(not isinstance(x, dict) or sorted(x) != sorted(letters) for x in losses):
                 raise UserError(f"{path} is damaged (lacks losses of its tasks); {_REMEDY}")
+            own = {key: value for key, value in result.items() if key != "sha256"}
+            if result.get("sha256", {}).get("result", digest := hash_json(own)) != digest:
+                raise UserError(f"{path} is not as it was written; {_REMEDY}")
         return result
 
     def validation_losses(self, trajectory: Trajectory, last: bool = False) -> dict[str, float]:
@@ -246,8 +251,9 @@ class Store:
     def write_result(self, trajectory: Trajectory, result: dict[str, Any]) -> None:
         folder = self.folder(trajectory)
         names = [name for name in ("rounds.csv", "affinity.csv") if (folder / name).exists()]
-        digests = {"sha256": {name: _digest(folder / name) for name in names}}
-        self._write(folder / "result.json", json.dumps(result | digests, indent=1) + "\n")
+        digests = {name: _digest(folder / name) for name in names} | {"result": hash_json(result)}
+        text = json.dumps(result | {"sha256": digests}, indent=1) + "\n"
+        self._write(folder / "result.json", text)
 
     def read_rows(self, trajectory: Trajectory, name: str, until: int) -> list[dict[str, Any]]:
         """The rows of rounds.csv or affinity.csv before round `until`, as text."""

@@ -19,8 +19,7 @@ class Trajectory:
     """A set of tasks trained round after round from a start: all that determines the weights.
 
     Rounds are counted from the very first start: a trajectory that starts from its parent at
-    round 30 has 30 as its first round. Its learning rate in round r is
-    lr (1 - (r - lr_from) / (fl.rounds - lr_from))^lr_power.
+    round 30 has 30 as its first round. Its learning rate in round r is `fl.rate(r, lr_from)`.
     """
 
     tasks: str  # letters, in the order of the tasks table
