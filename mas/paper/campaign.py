@@ -227,7 +227,7 @@ def unpack(file: Path, results: Path) -> int:
                     told[_add(_read(id_, packed, here), packed, here)] += 1
                 except UserError as error:
                     told["refused"] += 1
-                    why = str(error).replace(folder, str(file))
+                    why = str(error).replace(folder, str(file)).partition("; restore it")[0]
                     print(f"mas: refused {id_}: {why}", file=sys.stderr)
     print(f"{file}: " + ", ".join(f"{count} {what}" for what, count in told.items()))
     return int(told["refused"] > 0)
@@ -249,7 +249,8 @@ def _members(file: Path) -> list[tuple[str, bytes]]:
                     with closing(archive.extractfile(member)) as content:
                         found.append((member.name, content.read()))
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file} cannot be read ({error}); get it again") from None
+        why = str(error).splitlines()[0] if str(error) else "it ends early"
+        raise UserError(f"{file} cannot be read ({why}); get it again") from None
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
         raise UserError(f"{file} holds a file twice; nothing was unpacked")
