@@ -294,7 +294,7 @@ def show(table, digits=2, best=None, within=(), index=False):
         c: lambda v, d=d: "-" if np.isnan(v) else f"{v:.{d}f}" for c, d in digits.items()})
     style = Styler(table, uuid=f"{zlib.crc32(text.encode()):08x}", cell_ids=False)
     short = lambda v: f"{v:g}" if isinstance(v, float) else v  # noqa: E731
-    style.format(dict.fromkeys(table.select_dtypes("object"), short))
+    style.format(dict.fromkeys(table.select_dtypes(exclude="number"), short))
     style.format({c: f"{{:.{d}f}}" for c, d in digits.items()}, na_rep="-")
     style.format_index(short).format_index(short, axis=1)
     for column in table.select_dtypes(exclude="number"):
