@@ -28,7 +28,8 @@ def seen(fall, noise=0.0, across=None):
     for a in "abc":
         rounds[f"train_{a}"] = fall
         rounds[f"val_{a}"] = np.where((rounds["round"] + 1) % 5 == 0, fall, np.nan)
-    return when.Seen(rounds, Affinities(np.arange(T), np.zeros((T, 4), int), S), "abc", first=10)
+    measured = Affinities(np.arange(T), *(np.zeros((T, 4), int),) * 2, S)
+    return when.Seen(rounds, measured, "abc", first=10)
 
 
 def first(rule, found):

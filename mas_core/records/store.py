@@ -251,8 +251,9 @@ class Store:
     def write_result(self, trajectory: Trajectory, result: dict[str, Any]) -> None:
         folder = self.folder(trajectory)
         names = [name for name in ("rounds.csv", "affinity.csv") if (folder / name).exists()]
-        digests = {name: _digest(folder / name) for name in names} | {"result": hash_json(result)}
-        text = json.dumps(result | {"sha256": digests}, indent=1) + "\n"
+        own = {key: value for key, value in result.items() if key != "sha256"}
+        digests = {name: _digest(folder / name) for name in names} | {"result": hash_json(own)}
+        text = json.dumps(own | {"sha256": digests}, indent=1) + "\n"
         self._write(folder / "result.json", text)
 
     def read_rows(self, trajectory: Trajectory, name: str, until: int) -> list[dict[str, Any]]:
