@@ -215,7 +215,8 @@ class Settings:
         fl = self.fl
         needed = {"fedprox": fl.prox_mu, "gradnorm": fl.gradnorm_alpha * fl.gradnorm_lr}
         if not needed.get(fl.method, 1):
-            raise UserError(f"method={fl.method} needs fl.prox_mu, or fl.gradnorm_alpha and _lr")
+            numbers = {"fedprox": "prox_mu"}.get(fl.method, "gradnorm_alpha and fl.gradnorm_lr")
+            raise UserError(f"method={fl.method} needs fl.{numbers} above 0")
         allowed = self.data.buildings if self.fl.clients is None else len(self.fl.clients)
         if self.fl.clients_per_round > allowed:
             raise UserError(
