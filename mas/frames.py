@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mas_core.config import FL, Data, Model, UserError
+from mas_core.config import FL, PRESETS, Data, Model, UserError
 from mas_core.records.store import BESIDE, results_folder
 
 LETTERS = "sdnkterca"  # the nine tasks, in the order of tasks.py (which imports PyTorch)
@@ -45,10 +45,19 @@ AFFINITIES = {
 def existing_folder(results: Path | str | None = None) -> Path:
     """The folder that records are read from; a UserError if `results_folder` is no folder."""
     folder = results_folder(results)
-    if results is None and not folder.is_dir():
-        raise UserError(f"no records: neither {folder.absolute()} nor {BESIDE} is a folder; "
+    if not folder.is_dir():
+        nor = f", nor is {BESIDE}" if results is None else ""
+        raise UserError(f"no records: {folder.absolute()} is no folder{nor}; "
                         "name one with results=...")  # fmt: skip
     return folder
+
+
+def preset_folder(preset: str, results: Path | str | None = None) -> Path:
+    """The folder of a preset's records, which need not exist yet; a UserError for other names."""
+    root = existing_folder(results) / preset
+    if preset not in PRESETS and not root.is_dir():
+        raise UserError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
+    return root
 
 
 def record_folder(id_: str, results: Path | str | None = None) -> Path:
@@ -61,14 +70,14 @@ def record_folder(id_: str, results: Path | str | None = None) -> Path:
 
 
 def seeds_on_record(preset: str = "small", results: Path | str | None = None) -> list[int]:
-    """The seeds that any trajectory of a preset was trained with."""
-    names = [path.name for path in (existing_folder(results) / preset).glob("*-s*-*")]
+    """The seeds that any trajectory of a preset was trained with; [] where there are none yet."""
+    names = [path.name for path in (results_folder(results) / preset).glob("*-s*-*")]
     return sorted({int(found[1]) for name in names if (found := re.search(r"-s(\d+)-", name))})
 
 
 def records(preset: str = "small", results: Path | str | None = None) -> pd.DataFrame:
     """All trajectories of a preset, a row each: what determined them, losses, sums of cost."""
-    root = existing_folder(results) / preset
+    root = preset_folder(preset, results)
     rows = [_record(path.parent) for path in sorted(root.glob("*/config.json"))]
     known = {*RECORDS, *SETTINGS}
     own = dict.fromkeys(name for row in rows for name in row if name not in known)
@@ -104,16 +113,6 @@ def affinities(id_: str, results: Path | str | None = None) -> pd.DataFrame:
     long["updates"], long["receives"] = long["pair"].str[0], long["pair"].str[2]
     long = long.sort_values(["round", "client"], kind="stable", ignore_index=True)
     return long[list(AFFINITIES)].astype(AFFINITIES)
-
-
-def client_losses(id_: str, results: Path | str | None = None) -> pd.DataFrame | None:
-    """Test losses of the best model on every client's own test views: (clients, tasks).
-
-    NaN for a client without test views; None for records older than this field.
-    """
-    result = _read(record_folder(id_, results) / "result.json", json.load)
-    found = result.get("test_best_clients")
-    return None if found is None else pd.DataFrame(found, dtype=float).rename_axis("client")
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -156,7 +156,8 @@ def lookahead(
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """BatchNorm normalises by the batch, as in training; its running statistics do not change."""
-    tracking = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    normalising = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracking = [m for m in normalising if m.track_running_stats]
     for m in tracking:
         m.track_running_stats = False
     try:

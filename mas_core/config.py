@@ -217,24 +217,18 @@ class Settings:
         if not needed.get(fl.method, 1):
             numbers = {"fedprox": "prox_mu"}.get(fl.method, "gradnorm_alpha and fl.gradnorm_lr")
             raise UserError(f"method={fl.method} needs fl.{numbers} above 0")
-        allowed = self.data.buildings if self.fl.clients is None else len(self.fl.clients)
-        if self.fl.clients_per_round > allowed:
-            raise UserError(
-                f"clients_per_round={self.fl.clients_per_round}, but there are {allowed} clients"
-            )
-        if self.fl.clients and max(self.fl.clients) >= self.data.buildings:
-            raise UserError(
-                f"client {max(self.fl.clients)} does not exist; "
-                f"allowed: 0 to {self.data.buildings - 1}"
-            )
-        if self.data.size == self.model.output_stride and self.fl.batch_size == 1:
-            raise UserError(f"batch_size=1 with size={self.data.size} and output_stride="
-                            f"{self.model.output_stride}: one feature pixel a batch has no "
-                            "variance; allowed: batches of 2 and more")  # fmt: skip
-        if self.data.size % self.model.output_stride:
-            raise UserError(
-                f"size={self.data.size} is no multiple of output_stride={self.model.output_stride}"
-            )
+        N, size, stride = self.data.buildings, self.data.size, self.model.output_stride
+        there, K = len(fl.clients or range(N)), fl.clients_per_round
+        if there < K:
+            raise UserError(f"clients_per_round={K}, but there are {there} clients")
+        if fl.clients and max(fl.clients) >= N:
+            raise UserError(f"client {max(fl.clients)} does not exist; allowed: 0 to {N - 1}")
+        if size == stride and fl.batch_size == 1:
+            raise UserError(f"batch_size=1 with size={size} and output_stride={stride}: one "
+                            "feature pixel a batch has no variance; allowed: batches of 2 and "
+                            "more")  # fmt: skip
+        if size % stride:
+            raise UserError(f"size={size} is no multiple of output_stride={stride}")
 
 
 _SMOKE = Settings(

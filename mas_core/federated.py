@@ -75,14 +75,12 @@ class Round:
 
 def select_clients(training: Training, num_clients: int, round_: int) -> list[int]:
     """K clients drawn without replacement from the seed's stream of this round, in order."""
-    fl = training.fl
+    fl, K = training.fl, training.fl.clients_per_round
     pool = np.arange(num_clients) if fl.clients is None else np.array(fl.clients)
-    if fl.clients_per_round > len(pool):
-        raise UserError(
-            f"clients_per_round={fl.clients_per_round}, but there are {len(pool)} clients"
-        )
+    if len(pool) < K:
+        raise UserError(f"clients_per_round={K}, but there are {len(pool)} clients")
     rng = stream(training.seed, "select", round_)
-    return sorted(int(k) for k in rng.choice(pool, fl.clients_per_round, replace=False))
+    return sorted(int(k) for k in rng.choice(pool, K, replace=False))
 
 
 def run_round(

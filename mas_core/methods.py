@@ -132,7 +132,8 @@ def tag(study: Study, splits: int = 2) -> Recipe:
     check_measured(study)
     trunk = study.all_in_one()
     yield [Need(trunk, study.rounds)]
-    read = min(study.settings.tag.affinity_rounds or study.rounds, study.settings.fl.measure_rounds)
+    read, fl = study.settings.tag.affinity_rounds or study.rounds, study.settings.fl
+    read = min(read, study.rounds, fl.measure_rounds)
     chosen = tag_groups(study.affinities(read), splits)
     groups = [study.letters(g) for g in chosen.groups]
     trained = [study.from_scratch(group) for group in groups]
@@ -205,17 +206,17 @@ def restarted(study: Study, groups: Sequence[str], name: str) -> Recipe:
     """Groups trained from scratch whose schedule restarts at R0: the control of MAS's restart.
 
     Every group's network starts its learning rate anew after R0 rounds, as MAS's do after the
-    split, without having been merged or split. All tasks in one group: MAS-1.
+    split, without having been merged or split. All tasks in one group: MAS-1, which goes on as
+    MAS's groups do: all-in-one, where `mas.lr_schedule` is "continue".
     """
-    R0 = study.settings.mas.merge_rounds
     whole = [sorted(group) == sorted(study.tasks) for group in groups]
     branches = [
         study.from_all_in_one(g) if all_ else study.again(g)
         for g, all_ in zip(groups, whole, strict=True)
     ]
     yield [Need(t, study.rounds) for t in branches]
-    parts = [Part(t.parent, 0, R0) for t in branches]
-    parts += [Part(t, R0, study.rounds) for t in branches]
+    parts = [Part(t.parent, 0, t.start_round) for t in branches]
+    parts += [Part(t, t.start_round, study.rounds) for t in branches]
     return study.result(name, groups, branches, parts)
 
 

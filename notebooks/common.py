@@ -140,7 +140,8 @@ def with_changes(printed, tasks):
 
 def delta_m(found, better, worse, tasks="sdnkt"):
     """delta-m (%) of a method over its control, by seed, where both are on record."""
-    seeds = sorted({s for m, _, s in found if m == better} & {s for m, _, s in found if m == worse})
+    having = [{s for m, t, s in found if (m, t) == (name, tasks)} for name in (better, worse)]
+    seeds = sorted(having[0] & having[1])
     pairs = {s: [found[m, tasks, s].losses for m in (better, worse)] for s in seeds}
     return pd.Series({s: tables.delta_m(*losses) for s, losses in pairs.items()}, dtype=float)
 

@@ -9,6 +9,7 @@ from torch import nn
 from mas_core.affinity import (
     encoder_gradients,
     first_order_affinity,
+    frozen_statistics,
     lookahead_affinity,
     representation_affinity,
 )
@@ -106,6 +107,16 @@ def test_measuring_leaves_everything_bit_identical(net, batch, training, with_gr
     assert all(m.training == training for m in net.modules())
     assert all(m.track_running_stats for m in net.modules() if isinstance(m, nn.BatchNorm2d))
     assert torch.equal(lookahead_affinity(net, made, LR), S)  # and can be repeated
+
+
+def test_every_kind_of_batch_norm_keeps_its_statistics():
+    untracked = nn.BatchNorm1d(2, track_running_stats=False)
+    model = nn.Sequential(nn.BatchNorm1d(2), untracked, nn.BatchNorm1d(2))
+    state = copy.deepcopy(model.state_dict())
+    with frozen_statistics(model):
+        model(torch.randn(5, 2))
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+    assert [m.track_running_stats for m in model] == [True, False, True]
 
 
 def test_batch_norm_uses_the_batch_in_whatever_mode_the_model_is(net, batch):

@@ -103,6 +103,14 @@ def test_a_budget_that_ends_while_rooms_are_rendered_still_packs(tmp_path, capsy
     assert file.exists() and "0 trajectories trained" in capsys.readouterr().out
 
 
+def test_the_data_given_are_of_the_first_buildings_alone(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(campaign, "train_recipes", lambda *a, **_: asked.append(a[2:4]))
+    table = [Evidence(pair, (0,), PAIR, "smoke", TINY | {"data.render_seed": r}) for r in (0, 1)]
+    assert not campaign.campaign(60, tmp_path / "p.zip", tmp_path, Compute(1), folder, table)
+    assert [(s.data.render_seed, at) for s, at in asked] == [(0, folder), (1, None)]
+
+
 def tampered(file, out, change):
     """A copy of a pack whose members went through `change`, name and bytes to the same."""
     with tarfile.open(file) as archive:

@@ -111,6 +111,12 @@ def test_seeds_and_overrides_reach_every_trajectory(small):
         assert {t.fl.local_epochs for t in changed} == {overrides.get("fl.local_epochs", 1)}
 
 
+def test_when_to_split_has_the_local_epochs_that_it_says(small):
+    recipes = experiments.when_to_split(small, 0, {"fl.local_epochs": 2}, ["sdnkt"])
+    trunks = {E: next(recipes[f"all-in-one E={E}", "sdnkt", 0])[0].trajectory for E in (1, 2, 5)}
+    assert {E: t.fl.local_epochs for E, t in trunks.items()} == {1: 1, 2: 2, 5: 5}
+
+
 def test_missing_records_name_the_command(small):
     how = {"seeds": (0, 3), "overrides": {"fl.rounds": 50}}
     with pytest.raises(Missing, match="^at least 2 trajectories are not on record; ") as told:

@@ -20,7 +20,6 @@ from mas.run.engine import run
 from mas_core.config import FL, Data, Model, UserError
 from mas_core.methods import all_in_one, merge_and_split, one_by_one
 from mas_core.records import store as store_module
-from mas_core.records.training import train
 from mas_core.tasks import TASKS
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -145,9 +144,15 @@ def test_where_records_are_looked_for(tmp_path, monkeypatch):
         mas.rounds(MAIN)
     for module in (store_module, frames):
         monkeypatch.setattr(module, "BESIDE", tmp_path / "nothing")
+    for read in (mas.records, mas.results):
+        with pytest.raises(UserError, match="typo is no folder; name one"):
+            read("small", results=tmp_path / "typo")
+        with pytest.raises(UserError, match="unknown preset 'smal'; the presets are smoke, small"):
+            read("smal", results=tmp_path / "results")
+    assert frames.seeds_on_record("small", tmp_path / "typo") == []
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="neither .*elsewhere.*results nor .*nothing is a folder"):
+    with pytest.raises(UserError, match="elsewhere.*results is no folder, nor is .*nothing"):
         mas.records("small")
 
 
@@ -274,11 +279,3 @@ def test_losses_of_a_method_by_client(settings, folder, store):
     del result["test_best_clients"]
     store.write_result(alone, result)
     assert paper.client_losses(store, found["one-by-one"]) is None
-
-
-def test_test_losses_of_clients_as_a_table(trajectory, folder, store):
-    train(trajectory, 4, store, folder)
-    losses = frames.client_losses(trajectory.id, store.results)
-    own = store.result(trajectory)["test_best_clients"]
-    assert losses.shape == (4, 2) and losses.d[2] == own["d"][2]
-    assert frames.client_losses(MAIN, RESULTS) is None  # older than these losses

@@ -472,6 +472,15 @@ def test_what_cannot_be_split_is_said_before_anything_is_trained(study):
             next(method(replace(study, settings=settings)))
 
 
+def test_tag_reads_no_more_rounds_than_there_are(study):
+    def with_tag(rounds):
+        fl = replace(study.settings.fl, measure_rounds=99)
+        settings = replace(study.settings, fl=fl, tag=Tag(rounds))
+        return drive(tag, replace(study, settings=settings))[0]
+
+    assert with_tag(99).groups == with_tag(None).groups
+
+
 def test_one_task_cannot_be_split(study):
     for method in (merge_and_split, tag):
         with pytest.raises(UserError, match="tasks=d: one task cannot be split"):

@@ -1,6 +1,7 @@
 """The static site: a page a notebook, links that lead somewhere, nothing from elsewhere."""
 
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def books(tmp_path, monkeypatch):
     for name in ("one", "two"):
         outputs = [printed] if name == "one" else []
         cell = nbformat.v4.new_code_cell("1", execution_count=1, outputs=outputs)
-        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(FIRST), cell])
+        cells = [nbformat.v4.new_markdown_cell(FIRST), cell, nbformat.v4.new_code_cell("")]
+        book = nbformat.v4.new_notebook(cells=cells)
         nbformat.write(book, folder / f"{name}.ipynb")
     monkeypatch.setattr(module, "notebooks_folder", lambda: folder)
     return folder
@@ -67,7 +69,12 @@ def test_pages_figures_and_records(books, tmp_path):
     assert (out / "files" / "notebooks-common.py").read_text() == "shared = 1"
     with zipfile.ZipFile(out / "records-small.zip") as packed:
         assert packed.namelist() == ["small/d-s0-0123456789/result.json"]
+    (record / "result.json").write_text("[]")
+    shutil.rmtree(drawn)
     assert site(out, tmp_path / "results", tmp_path / "figures") == 2  # anew, over itself
+    with zipfile.ZipFile(out / "records-small.zip") as packed:
+        assert packed.read("small/d-s0-0123456789/result.json") == b"[]"
+    assert "figures/one.png" not in (out / "index.html").read_text()
 
 
 def test_what_cannot_be_a_site(books, tmp_path):

@@ -69,7 +69,6 @@ def assert_as_whole(store, trajectory, whole):
     assert expected.keys() <= found.keys()  # a stop on the way keeps its state, too
     for name in expected:
         assert found[name] == expected[name], name
-    assert not list(store.root.rglob("*.part"))
 
 
 # --- Resumed --------------------------------------------------------------------------------------
@@ -103,6 +102,36 @@ def test_an_interruption_keeps_the_rounds_done(trajectory, folder, store, whole)
     assert store.rounds_done(trajectory) == 2
     train(trajectory, 4, store, folder)
     assert_as_whole(store, trajectory, whole)
+
+
+def test_rows_whose_checkpoints_are_not_at_hand_stay(trajectory, folder, store, whole):
+    """As in a clone: the rounds are trained again, and an interruption loses nothing on record."""
+
+    def interrupt(done):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    train(trajectory, 3, store, folder)
+    shutil.rmtree(store.folder(trajectory) / "checkpoints")
+    before = {p: p.read_bytes() for p in store.folder(trajectory).glob("*.*") if p.is_file()}
+    with pytest.raises(KeyboardInterrupt):
+        train(trajectory, 4, store, folder, progress=interrupt)
+    assert before == {p: p.read_bytes() for p in before} and is_done(trajectory, 3, store)
+    again = Store(store.results, "small")
+    train(trajectory, 4, again, folder)
+    assert_as_whole(again, trajectory, whole)
+    rows = (store.folder(trajectory) / "rounds.csv").read_bytes()
+    assert rows.startswith(next(b for p, b in before.items() if p.name == "rounds.csv"))
+
+
+def test_a_lock_leaves_what_others_are_writing(trajectory, store):
+    store.folder(trajectory).mkdir(parents=True)
+    mine, old = (store.folder(trajectory) / f"{name}.part" for name in "ab")
+    for path in (mine, old):
+        path.write_text("")
+    os.utime(old, (0, 0))  # of a process that was killed
+    with store.lock(trajectory):
+        assert mine.exists() and not old.exists()
 
 
 def test_gradnorm_resumes_with_its_balance(trajectory, folder, store, settings, tmp_path):
@@ -205,10 +234,13 @@ def test_killed_before_any_of_its_files_appears_a_run_ends_the_same(
                 train(short, 2, store, folder)
                 break
             except Killed:
-                left += len(list(store.root.rglob("*.part")))
+                for part in store.root.rglob("*.part"):
+                    os.utime(part, (0, 0))  # an hour later it is nobody's
+                    left += 1
         assert store.result(short) is None
         train(short, 2, store, folder)
         assert_as_whole(store, short, whole)
+        assert not list(store.root.rglob("*.part"))
     assert at > 10 and left == at - 1  # config, two tables, three checkpoints a round, result
 
 

@@ -119,6 +119,7 @@ def campaign(
 ) -> int:
     """Train what the table lacks for `budget` seconds, then pack it; 1 where anything failed.
 
+    `data` has the images of the table's first row; rooms that other rows ask for are rendered.
     A twentieth of the budget, at least five seconds, is kept for the end. No round is begun that
     would reach into it; what still runs in its second half is ended, at the cost of that round.
     """
@@ -132,13 +133,15 @@ def campaign(
     last_call = threading.Timer(budget - reserve / 2, _end_workers)
     last_call.daemon = True
     last_call.start()
+    first = settings(table[0].preset, overrides=table[0].overrides).data
     try:
         for preset, store, rows in _stages(table, results):
             base = settings(preset, overrides=rows[0].overrides)
             if time.time() >= stop_at or not collect(_all(rows, store), store)[1]:
                 continue
+            folder = data if base.data == first else None  # other buildings have their own
             try:
-                train_recipes(_all(rows, store), store, base, data, compute, stop_at=stop_at)
+                train_recipes(_all(rows, store), store, base, folder, compute, stop_at=stop_at)
             except (EngineError, UserError, BrokenExecutor) as error:
                 if time.time() < stop_at:  # later it is a process ended for want of time
                     print(f"mas: {error}", file=sys.stderr)

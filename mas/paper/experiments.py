@@ -358,7 +358,7 @@ def when_to_split(
     for tasks in task_sets:
         usual = study(store, tasks, seed, overrides)
         for E in (1, 2, 5):
-            more = {} if E == 1 else {"fl.local_epochs": E, "fl.arithmetic": "grouped"}
+            more = {"fl.local_epochs": E, **({} if E == 1 else {"fl.arithmetic": "grouped"})}
             merged = methods.all_in_one(study(store, tasks, seed, overrides | more))
             recipes[f"all-in-one E={E}", tasks, seed] = merged
             for schedule in ("restart", "continue"):

@@ -72,8 +72,10 @@ def site(out: Path, results: Path, figures: Path, preset: str = "small") -> int:
     if out.is_dir() and any(out.iterdir()) and not (out / "index.html").is_file():
         raise UserError(f"{out} holds other files than a site; name an empty folder")
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    for file in sorted((figures / preset).glob("*.p[nd][gf]")):
-        shutil.copy(file, out / "figures")
+    for packed in out.glob("records-*.zip"):  # of an earlier site here
+        packed.unlink()
+    copied = [Path(shutil.copy(file, out / "figures"))
+              for file in sorted((figures / preset).glob("*.p[nd][gf]"))]  # fmt: skip
     _pack(results / preset, out / f"records-{preset}.zip")
     exporter = HTMLExporter(template_name="basic")
     style, cards = STYLE + HtmlFormatter().get_style_defs(".highlight"), []
@@ -81,9 +83,10 @@ def site(out: Path, results: Path, figures: Path, preset: str = "small") -> int:
     paths = sorted(notebooks_folder().glob("*.ipynb"), key=lambda p: (order.get(p.stem, 99), p))
     for path in paths:
         book = nbformat.read(path, as_version=4)
-        if not all(c.execution_count for c in book.cells if c.cell_type == "code"):
+        code = [c for c in book.cells if c.cell_type == "code" and c.source.strip()]
+        if not all(cell.execution_count for cell in code):
             raise UserError(f"{path} is not executed; run: mas reproduce {path.stem}")
-        drawn = [f for f in sorted((out / "figures").glob(f"{path.stem}*.png"))]
+        drawn = [f for f in copied if f.match(f"{path.stem}*.png")]
         cards.append(_card(path.stem, book, drawn))
         body = exporter.from_notebook_node(_static(book))[0]
         body = _localised(body, path.parent, out)

@@ -20,7 +20,7 @@ from mas_core.records.store import Store, open_store
 from mas_core.records.study import MethodResult
 from mas_core.tasks import TASKS
 
-from ..frames import existing_folder, seeds_on_record
+from ..frames import preset_folder, seeds_on_record
 from .experiments import NOTEBOOKS, Experiment, Key, ask
 
 # Columns of `results` and their types.
@@ -47,7 +47,7 @@ def results(
     results      None: the folder results/ here, or that of the clone
     experiments  None: all that a notebook asks for
     """
-    folder = existing_folder(results)
+    folder = preset_folder(preset, results).parent
     if experiments is None:
         experiments = dict.fromkeys(e for several in NOTEBOOKS.values() for e in several)
     seeds = seeds_on_record(preset, folder) if seeds is None else list(seeds)

@@ -54,7 +54,7 @@ class Personal(LabelHolders):
     """A client trains the network of its kind; the server averages it over the kind's clients.
 
     `mixed` is what a method does between kinds. A kind without a client in a round stays. For a
-    network of `Kinds`. The recorded bytes are those of all kinds, more than a client needs.
+    network of `Kinds`. The recorded bytes are those of all kinds; a client needs its own alone.
     """
 
     @classmethod

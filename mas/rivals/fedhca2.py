@@ -29,7 +29,8 @@ class FedHCA2(Personal):
     has one (they give clients of one data set and one set of tasks one mean update, too), and a
     kind without a client waits. Updates are weighted by data size inside a kind. Their output
     heads are not mixed; here those are a decoder's `last` layers. Swin and AdamW there.
-    alpha_k and beta_k, the mean over the kind's layers, are reported.
+    alpha_k and beta_k, the mean over the kind's layers, are reported. The recorded bytes count what
+    the server keeps (`followed`), too: twice those of MaT-FL.
     """
 
     options = {"c": 0.4, "hyper_lr": 0.01, "share": 0.1}

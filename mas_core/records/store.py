@@ -7,8 +7,8 @@
     result.json      test losses, cost, provenance; written last, so its presence means complete
     checkpoints/     safetensors, not in git
 
-Every file appears by rename. Rows may run ahead of the last checkpoint after a kill; a resumed
-run drops them and writes them again, identically.
+Every file appears by rename. Rows may run ahead of the checkpoints, after a kill or in a clone; a
+resumed run trains their rounds again and leaves them as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import platform
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -195,8 +196,10 @@ class Store:
         with self._writable(folder):
             held = filelock.FileLock(folder / "training.lock").acquire()
         with held:
-            for left in folder.rglob("*.part"):  # by a process that was killed
-                left.unlink()
+            for left in folder.rglob("*.part"):  # by a process that was killed, or writes now
+                with contextlib.suppress(FileNotFoundError):
+                    if left.stat().st_mtime < time.time() - 3600:
+                        left.unlink()
             yield
 
     # Writing; the caller holds the lock.

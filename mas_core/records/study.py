@@ -189,9 +189,7 @@ class MethodResult:
         return sum(self.losses_last.values())
 
 
-_COUNTED = (
-    "round", "seconds", "affinity_seconds", "joules", "samples", "bytes_down", "bytes_up",
-)  # fmt: skip
+_COUNTED = ("round", "seconds", "affinity_seconds", "joules", "samples", "bytes_down", "bytes_up")
 
 
 def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:

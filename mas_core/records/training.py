@@ -75,6 +75,7 @@ class _Run:
     data: Clients
     state: State
     done: int  # rounds
+    had: int  # rounds on record, more than that where checkpoints are not at hand
     meter: Stopwatch
     rows: list[dict[str, Any]]  # of rounds.csv
     affinity_rows: list[dict[str, Any]]
@@ -96,20 +97,22 @@ def _resume(
     else:
         done = trajectory.start_round
         state = start_state(trajectory, net, store, data_folder, capture)
-    rows = store.read_rows(trajectory, "rounds.csv", done)
-    affinity_rows = store.read_rows(trajectory, "affinity.csv", done)
+    had = store.rounds_done(trajectory)
+    rows = store.read_rows(trajectory, "rounds.csv", had)
+    affinity_rows = store.read_rows(trajectory, "affinity.csv", had)
     store.write_config(trajectory)
     where = {"device": device_name(device), "threads": torch.get_num_threads(), **provenance()}
-    store.write_machines(trajectory, done, where)
-    best = _best(rows, net.tasks)
-    return _Run(trajectory, net, data, state, done, meter, rows, affinity_rows, best)
+    store.write_machines(trajectory, had, where)
+    best = _best(rows[: done - trajectory.start_round], net.tasks)
+    return _Run(trajectory, net, data, state, done, had, meter, rows, affinity_rows, best)
 
 
 def _record(run: _Run, made: Round, store: Store, last: bool) -> None:
     """Validate where it is due, and write what a round has left behind.
 
     Affinities are written before the rounds, the checkpoint after both: a record never lists a
-    round whose affinities it lacks, and a kill costs only what follows the checkpoint.
+    round whose affinities it lacks, and a kill costs only what follows the checkpoint. Rows on
+    record stay as they are where their rounds are trained again.
     """
     trajectory, tasks, done = run.trajectory, run.net.tasks, made.round + 1
     R, fl, fingerprint = trajectory.fl.rounds, trajectory.fl, run.data.fingerprint
@@ -119,14 +122,16 @@ def _record(run: _Run, made: Round, store: Store, last: bool) -> None:
         _load_for_test(run, run.state)
         losses = evaluate(run.net, run.data.evaluation("val", tasks, 64, run.meter.device))
         check_finite(losses.values(), tasks, "validation", made.round, made.lr)
-    run.rows.append(_round_row(made, tasks, run.meter.lap(), losses))
-    if validated and _best(run.rows[-1:], tasks) < run.best:
-        run.best = _best(run.rows[-1:], tasks)
+    row = _round_row(made, tasks, run.meter.lap(), losses)
+    if validated and _best([row], tasks) < run.best:
+        run.best = _best([row], tasks)
         store.save_checkpoint(trajectory, "best", run.state, done, fingerprint)
-    run.affinity_rows += _affinity_rows(made, tasks)
-    if run.affinity_rows:
-        store.write_rows(trajectory, "affinity.csv", run.affinity_rows)
-    store.write_rows(trajectory, "rounds.csv", run.rows)
+    if made.round >= run.had:
+        run.rows.append(row)
+        run.affinity_rows += _affinity_rows(made, tasks)
+        if run.affinity_rows:
+            store.write_rows(trajectory, "affinity.csv", run.affinity_rows)
+        store.write_rows(trajectory, "rounds.csv", run.rows)
     if last or (fl.measure_rounds and _is_kept(done, R)):
         store.save_checkpoint(trajectory, f"round_{done:04d}", run.state, done, fingerprint)
     store.save_checkpoint(trajectory, "last", run.state, done, fingerprint)
