@@ -58,7 +58,7 @@ def test_pages_figures_and_records(books, tmp_path):
     index = (out / "index.html").read_text()
     assert "Does it hold? See the file." in index and "Slowly." in index and "Rest" not in index
     assert "2 &times; holds, 1 &times; does not hold" in index
-    assert index.count("figures/one.png") == 1
+    assert index.count("figures/one.png") == 1 and 'id="how-to-read-a-notebook"' in index
     page = (out / "one.html").read_text()
     assert 'href="two.html"' in page and 'href="figures/one.pdf"' in page
     assert 'href="index.html#figure-index"' in page and 'href="records-small.zip"' in page

@@ -173,7 +173,8 @@ def _reading(root: Path, out: Path) -> str:
     heading, readme = "## How to read a notebook\n", root / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     section = text.partition(heading)[2].partition("\n## ")[0]
-    return _localised(markdown2html(heading + section), root, out) if section else ""
+    html = re.sub(r'id="[^"]+"', lambda found: found[0].lower(), markdown2html(heading + section))
+    return _localised(html, root, out) if section else ""
 
 
 def _localised(html: str, folder: Path, out: Path) -> str:
