@@ -147,7 +147,13 @@ def _run(arguments: argparse.Namespace) -> None:
 
     if arguments.method not in METHODS:
         raise UserError(f"unknown method {arguments.method!r}; allowed: {', '.join(METHODS)}")
-    chosen = settings(arguments.preset, arguments.tasks, _overrides(arguments))
+    overrides = _overrides(arguments)
+    chosen = settings(arguments.preset, arguments.tasks, overrides)
+    numbers = {"fedprox": ("prox_mu",), "gradnorm": ("gradnorm_alpha", "gradnorm_lr")}
+    for name in numbers.get(arguments.method, ()):  # 0, the default, leaves them to the method
+        if f"fl.{name}" in overrides and not getattr(chosen.fl, name):
+            raise UserError(f"fl.{name}=0: {arguments.method} without it is all-in-one; "
+                            "allowed: above 0")  # fmt: skip
     store = open_store(arguments.preset, arguments.results)
     study = Study(arguments.tasks, chosen, arguments.seed, store)
     extra = {"splits": arguments.splits} if arguments.method in TAKES_SPLITS else {}

@@ -6,13 +6,13 @@ replaces before a split (`split.self_affinity`), is NaN unless asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from .config import outside
+from .config import UserError, outside
 from .models import MultiTaskNet, TaskPass, autocast, forward_tasks, gradient_at_features
 from .tasks import Batch, task_losses
 
@@ -94,7 +94,9 @@ def measured_step(
         gradients = encoder_gradients(model, step, at_features, scale)
         if kind == "lookahead":
             return lookahead(model, batch, losses, gradients, lr)
-        S = (_CHEAPER.get(kind) or outside(kind))(losses, gradients, lr)
+        S = (_CHEAPER.get(kind) or outside(kind, Callable))(losses, gradients, lr)
+        if not isinstance(S, Tensor) or S.shape != (len(losses), len(losses)):
+            raise UserError(f"{kind} returned {S!r:.60}, no tensor ({len(losses)}, {len(losses)})")
     return S.detach().fill_diagonal_(torch.nan)
 
 
@@ -108,7 +110,7 @@ def encoder_gradients(
     largest gradient is the difference, where rounding matters least. A GPU makes n + 1 passes: to
     know that task, it would have to be waited for.
     """
-    parameters, last = list(model.encoder.parameters()), None
+    parameters, last = [p for p in model.encoder.parameters() if p.requires_grad], None
     if not step.features.is_cuda:
         last = int(torch.stack([g.float().norm() for g in at_features]).argmax())
     singles = [
@@ -137,7 +139,8 @@ def lookahead(
     diagonal: bool = False,
 ) -> Tensor:
     """Eq. 3 from the losses (n,) before the step and the encoder gradients of every task."""
-    names, parameters = zip(*model.encoder.named_parameters())
+    trained = {k: p for k, p in model.encoder.named_parameters() if p.requires_grad}
+    names, parameters = zip(*trained.items())
     rows, nan = [], losses.new_full((1,), torch.nan)
     with frozen_statistics(model), autocast(batch.image):
         for i in range(len(losses)):

@@ -85,19 +85,22 @@ def _one_of(*names: str) -> Any:
 
     def check(name: str) -> str:
         if name not in names and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
-            raise ValueError(f"allowed: {', '.join(names)}, or my_module:my_name")
+            raise ValueError(f"allowed: {', '.join([*names, 'my_module:my_name'])}")
         return name
 
     return Annotated[str, AfterValidator(check)]
 
 
-def outside(name: str) -> Any:
-    """What "my_module:my_name" names, imported; a UserError where it cannot be."""
+def outside(name: str, kind: type | None = None) -> Any:
+    """What "my_module:my_name" names, imported; a UserError where it cannot be, or is no `kind`."""
     module, _, attribute = name.partition(":")
     try:
-        return getattr(import_module(MOVED.get(module, module)), attribute)
+        found = getattr(import_module(MOVED.get(module, module)), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{name!r} cannot be imported: {error}") from None
+    if kind and not isinstance(found, kind):
+        raise UserError(f"{name!r} is {found!r:.60}, no {kind.__name__}")
+    return found
 
 
 @_settings

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import FL, RULES, outside
+from .config import FL, RULES, UserError, outside
 from .models import MultiTaskNet, State, TaskPass, forward_tasks, gradient_at_features
 from .tasks import Batch
 
 
 def rule_of(fl: FL) -> type[FedAvg]:
     """The rule that `fl.method` names."""
-    return outside(RULES.get(fl.method, fl.method))
+    rule = outside(RULES.get(fl.method, fl.method), type)
+    if not issubclass(rule, FedAvg):
+        raise UserError(f"fl.method={fl.method!r} is {rule!r}, no subclass of fedavg.FedAvg")
+    return rule
 
 
 def weighted_mean(states: Iterable[tuple[State, float]]) -> State:

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from .config import FL, UserError, stream
+from .config import FL, UserError, stream, stream_seed
 from .fedavg import rule_of
 from .grouped import can_group, train_clients
 from .local import LocalResult, local_update
@@ -101,28 +101,32 @@ def run_round(
     fl, tasks = training.fl, net.tasks
     rule, clients = rule_of(fl), select_clients(training, len(data.names), round_)
     sizes = {k: data.count(k, "train") for k in clients}
+    if empty := [data.names[k] for k in clients if not sizes[k]]:
+        raise UserError(f"client {empty[0]} has no training images; name others by fl.clients")
     longest = sorted(clients, key=sizes.get, reverse=True)
     p = {k: sizes[k] / sum(sizes.values()) for k in clients}
-    lr = training.lr(round_)
+    lr, device = training.lr(round_), next(net.parameters()).device
     measure = round_ < fl.measure_rounds and rule.measures and len(tasks) > 1
     results: dict[int, LocalResult] = {}
 
     def trained() -> Iterator[tuple[State, float]]:
         """Every client's new state; the next client may overwrite it."""
-        batches = {k: client_batches(training, data, k, round_, state_device(net)) for k in longest}
+        batches = {k: client_batches(training, data, k, round_, device) for k in longest}
         together = can_group(net, fl) and train_clients(net, state, batches, fl, lr, measure, clock)
         for k in clients:
             if together:
                 own, result = together[k]
             else:
                 own = load_state(net, state)
+                torch.manual_seed(stream_seed(training.seed, "dropout", k, round_))
                 result = local_update(net, batches[k], fl, lr, measure, state, capture, clock, k)
-            for step in result.step_losses.tolist():
-                check_finite(step, tasks, f"client {data.names[k]}", round_, lr)
+            for i, step in enumerate(result.step_losses.tolist()):
+                check_finite(step, tasks, f"client {data.names[k]}", round_, lr, i + round_ == 0)
             results[k] = result
             yield own | result.travelling, p[k]
 
     new = rule.average(trained())
+    S = np.stack([results[k].affinity.cpu().numpy() for k in clients]) if measure else None
     travelling = len(clients) * state_bytes(new) - sum(r.unsent for r in results.values())
     return new, Round(
         round=round_,
@@ -130,9 +134,7 @@ def run_round(
         lr=lr,
         samples=sum(r.samples for r in results.values()),
         losses=np.array(sum(results[k].losses * p[k] for k in clients).tolist()),
-        affinity=np.stack([results[k].affinity.cpu().numpy() for k in clients])
-        if measure
-        else None,
+        affinity=S,
         measurements=[results[k].measurements for k in clients],
         affinity_seconds=sum(r.affinity_seconds for r in results.values()),
         bytes_down=travelling,
@@ -145,17 +147,10 @@ def client_batches(
     training: Training, data: Clients, client: int, round_: int, device: torch.device
 ) -> Iterator[Batch]:
     """A client's batches of all local epochs of a round; each epoch has its own random stream."""
-    fl = training.fl
-    return chain.from_iterable(
-        data.epoch(
-            client,
-            training.tasks,
-            fl.batch_size,
-            stream(training.seed, "batches", client, round_, epoch),
-            device,
-        )
-        for epoch in range(fl.local_epochs)
-    )
+    letters, fl = training.tasks, training.fl
+    rngs = (stream(training.seed, "batches", client, round_, e) for e in range(fl.local_epochs))
+    epochs = (data.epoch(client, letters, fl.batch_size, rng, device) for rng in rngs)
+    return chain.from_iterable(epochs)
 
 
 def load_state(net: MultiTaskNet, state: State) -> State:
@@ -168,20 +163,20 @@ def load_state(net: MultiTaskNet, state: State) -> State:
     return own
 
 
-def state_device(net: MultiTaskNet) -> torch.device:
-    return next(net.parameters()).device
-
-
 def state_bytes(state: State) -> int:
     """Bytes of a state that travels between server and client, as its tensors are stored."""
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
-def check_finite(losses: Iterable[float], tasks: str, where: str, round_: int, lr: float) -> None:
-    """Raise TrainingDiverged where a loss is not finite."""
+def check_finite(
+    losses: Iterable[float], tasks: str, where: str, round_: int, lr: float, initial: bool = False
+) -> None:
+    """Raise TrainingDiverged where a loss is not finite, a UserError where one is below 0."""
     for a, loss in zip(tasks, losses, strict=True):
+        found = f"the loss of task {a!r} is {loss} on {where} in round {round_}"
         if not np.isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss of task {a!r} is {loss} on {where} in round {round_} "
-                f"at learning rate {lr:.4g}; lower fl.lr"
-            )
+            advice = "before any step; look at its labels and its loss" if initial else (
+                f"at learning rate {lr:.4g}; lower fl.lr")
+            raise TrainingDiverged(f"{found} {advice}")
+        if loss < 0:
+            raise UserError(f"{found}; Eq. 3 takes shares of a loss: above 0, or 0 without labels")

@@ -54,6 +54,7 @@ def can_group(net: nn.Module, fl: FL) -> bool:
         and rule_of(fl).captured
         and fl.affinity == "lookahead"
         and type(net) is MultiTaskNet
+        and all(p.requires_grad for p in net.parameters())
         and next(net.parameters()).device.type == "cpu"
     )
 

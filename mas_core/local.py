@@ -78,7 +78,8 @@ def local_update(
     def measuring(forward: TaskPass, at_features: list[Tensor]) -> None:
         nonlocal affinity_seconds
         begin = clock()
-        S = measured_step(net, batch, forward, at_features, lr, rule.scale, fl.affinity)
+        with torch.random.fork_rng([batch.image.device] * batch.image.is_cuda):  # for dropout
+            S = measured_step(net, batch, forward, at_features, lr, rule.scale, fl.affinity)
         affinities.append(S)
         affinity_seconds += clock() - begin
 

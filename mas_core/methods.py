@@ -89,7 +89,7 @@ def all_in_one(study: Study) -> Recipe:
 
 
 def fedprox(study: Study) -> Recipe:
-    """All-in-one with FedProx's mu/2 |theta - theta_server|^2 on every client (Li et al., 2020)."""
+    """All-in-one with FedProx's mu/2 |theta - theta_server|^2, mu 0.004 if 0 (Li et al., 2020)."""
     study = study.unmeasured(method="fedprox", prox_mu=study.settings.fl.prox_mu or 0.004)
     return (yield from train_groups("fedprox", study, [study.tasks]))
 
@@ -151,22 +151,17 @@ def hoa(study: Study, splits: int = 2) -> Recipe:
     pairs among them are trained already. `choice.by` says which losses decide.
     """
     check_splits(study, splits)
-    n = len(study.tasks)
-    letters = study.letters(range(n))
-    singles = [study.from_scratch(a) for a in letters]
-    pairs = [study.from_scratch(a + b) for a, b in combinations(letters, 2)]
-    yield [Need(t, study.rounds) for t in (*singles, *pairs)]
-    losses = {t.tasks: study.deciding_losses(t) for t in (*singles, *pairs)}
-    single_losses = np.array([losses[a][a] for a in letters])
-    pair_losses = np.full((n, n), np.nan)
-    for i, j in combinations(range(n), 2):
-        of_pair = losses[letters[i] + letters[j]]
-        pair_losses[i, j], pair_losses[j, i] = of_pair[letters[i]], of_pair[letters[j]]
-    chosen = hoa_groups(single_losses, pair_losses, splits)
+    letters = study.letters(range(len(study.tasks)))
+    small = {frozenset(g): study.from_scratch("".join(g))
+             for m in (1, 2) for g in combinations(letters, m)}  # fmt: skip
+    yield [Need(t, study.rounds) for t in small.values()]
+    losses = {group: study.deciding_losses(t) for group, t in small.items()}
+    L = np.array([[losses[frozenset(a + b)][a] for b in letters] for a in letters])  # a beside b
+    chosen = hoa_groups(L.diagonal(), L, splits)
     groups = [study.letters(g) for g in chosen.groups]
     trained = [study.from_scratch(group) for group in groups]
     yield [Need(t, study.rounds) for t in trained]
-    search = [Part(t, 0, study.rounds) for t in (*singles, *pairs)]
+    search = [Part(t, 0, study.rounds) for t in small.values()]
     parts = [Part(t, 0, study.rounds) for t in trained if len(t.tasks) > 2]
     return study.result(f"HOA-{splits}", groups, trained, parts, search)
 
@@ -186,9 +181,7 @@ def every_partition(study: Study, splits: int, initialised: bool) -> Generator:
     check_splits(study, splits)
     start = study.settings.mas.merge_rounds if initialised else 0
     make = study.from_all_in_one if initialised else study.from_scratch
-    choices = [
-        [study.letters(g) for g in groups] for groups in partitions(len(study.tasks), splits)
-    ]
+    choices = [[study.letters(g) for g in p] for p in partitions(len(study.tasks), splits)]
     trained = {group: make(group) for group in sorted({g for groups in choices for g in groups})}
     trunk = [Part(study.all_in_one(), 0, start)] if initialised else []
     needs = [Need(t, study.rounds) for t in trained.values()]
@@ -209,11 +202,8 @@ def restarted(study: Study, groups: Sequence[str], name: str) -> Recipe:
     split, without having been merged or split. All tasks in one group: MAS-1, which goes on as
     MAS's groups do: all-in-one, where `mas.lr_schedule` is "continue".
     """
-    whole = [sorted(group) == sorted(study.tasks) for group in groups]
-    branches = [
-        study.from_all_in_one(g) if all_ else study.again(g)
-        for g, all_ in zip(groups, whole, strict=True)
-    ]
+    whole = sorted(study.tasks)
+    branches = [study.from_all_in_one(g) if sorted(g) == whole else study.again(g) for g in groups]
     yield [Need(t, study.rounds) for t in branches]
     parts = [Part(t.parent, 0, t.start_round) for t in branches]
     parts += [Part(t, t.start_round, study.rounds) for t in branches]
@@ -264,7 +254,5 @@ def check_measured(study: Study, rounds: int = 1) -> None:
     if not fl.measure_rounds:
         raise UserError("fl.measure_rounds=0: no affinities to split by; allowed: 1 and more")
     if fl.measure_rounds < rounds:
-        raise UserError(
-            f"affinities of {rounds} rounds are read, but fl.measure_rounds={fl.measure_rounds}; "
-            "raise it, or lower mas.affinity_rounds"
-        )
+        raise UserError(f"affinities of {rounds} rounds are read, but fl.measure_rounds="
+                        f"{fl.measure_rounds}; raise it, or lower mas.affinity_rounds")  # fmt: skip

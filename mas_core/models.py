@@ -7,6 +7,7 @@ exactly the released code's parameter counts. `restrict_to` and `merge` move wei
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -163,11 +164,10 @@ class MultiTaskNet(nn.Module):
         self.tasks = sort_tasks(tasks, table)
         widths = SIZES[size].at_width(width)
         self.encoder = _seeded(seed, "encoder", lambda: Encoder(widths, output_stride))
-        self.decoders = nn.ModuleDict()
-        for a in self.tasks:
-            self.decoders[a] = _seeded(
-                seed, a, lambda a=a: Decoder(widths, output_stride, table[a].channels)
-            )
+        self.decoders = nn.ModuleDict({
+            a: _seeded(seed, a, lambda a=a: Decoder(widths, output_stride, table[a].channels))
+            for a in self.tasks
+        })  # fmt: skip
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> letter: (B, channels, H, W), in the order of `tasks`."""
@@ -188,10 +188,14 @@ def build(tasks: str, model: Model, seed: int = 0, table: TaskTable = TASKS) -> 
     """The network of `model` for some tasks, with the initial weights of `seed`.
 
     `model.size` may name a function outside the package, called as (tasks, model, seed, table). Its
-    network has `tasks`, `table`, an `encoder`, `decoders[letter]`, and draws weights from `seed`.
+    network has `tasks`, `table`, an `encoder` (with one tensor as its output, and weights that are
+    trained), `decoders[letter]`, and draws its weights from `seed`.
     """
     if ":" in model.size:
-        return outside(model.size)(sort_tasks(tasks, table), model, seed, table)
+        net = outside(model.size, Callable)(sort_tasks(tasks, table), model, seed, table)
+        if not isinstance(net, nn.Module):
+            raise UserError(f"{model.size} returned {net!r:.60}, no network")
+        return net
     return MultiTaskNet(tasks, model.size, model.output_stride, seed, table, model.width)
 
 

@@ -125,6 +125,9 @@ class TaskTable(dict[str, Task]):
         self, *tasks: Task, image: str = "rgb", mask: str | None = DEPTH_DOMAIN
     ) -> None:
         super().__init__({task.letter: task for task in tasks})
+        if not all(len(a) == 1 and a.isalnum() for a in self) or len(self) < len(tasks):
+            found = ", ".join(repr(task.letter) for task in tasks)
+            raise UserError(f"task letters {found}; allowed: one letter or digit each, all unlike")
         self.image = image  # the domain of the input, 8 bits, three channels
         self.mask = mask  # the domain whose values from 2^13 on are invalid; None: all are valid
         stored = {image: "uint8x3"} | ({mask: "uint16"} if mask else {})
@@ -219,6 +222,12 @@ def decode_batch(
 
 def task_losses(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
     """Loss of every task on one batch, in the order of `outputs`: (n,) float32, dimensionless."""
+    for a, out in outputs.items():  # else two shapes would be broadcast to one, silently
+        task, target = batch.table[a], batch.targets[a].shape
+        wanted = (len(batch), *out.shape[2:]) if task.classes else out.shape
+        if out.shape[:2] != (len(batch), task.channels) or target != wanted:
+            raise UserError(f"task {a!r} with {task.channels} channels: outputs {tuple(out.shape)} "
+                            f"and labels {tuple(target)} of {len(batch)} images")  # fmt: skip
     losses = [batch.table[a].loss(out.float(), batch.targets[a], batch.mask)
               for a, out in outputs.items()]  # fmt: skip
     return torch.stack(losses)

@@ -4,6 +4,7 @@ Nothing is trained here. What has no record is told with the command that trains
 """
 
 from contextlib import suppress
+from dataclasses import replace
 
 import common
 import ipywidgets as widgets
@@ -19,7 +20,7 @@ from mas import experiments, split
 from mas_core.config import MEASURES, UserError
 
 NAMES = dict(zip(("Eq. 3", "first order", "representation", "cosine"), MEASURES))
-WINDOWS = ("all before R0", "first 10 (as MAS)", "last 10 before R0")
+WINDOWS = ("all before R0", "those that MAS reads", "last 10 before R0")
 GROUPS = ("#DDCC77", "#88CCEE", "#CC6677", "#44AA99", "#999933", "#AA4499", "#E6E6E6", "#6699CC",
           "#997700")
 LOSS = {"total test loss": 3}  # decimals
@@ -46,18 +47,24 @@ def measured(store, tasks, seed, overrides, kind):
                   f"mas run all-in-one --tasks {tasks} --preset {store.preset} --seed {seed}{changed}")
 
 
-def read(record, R0, window=WINDOWS[1]):
+def rounds_read(chosen, window=WINDOWS[1]):
+    """The rounds that a window reads, as a slice; `chosen` is `Settings.mas`."""
+    R0 = chosen.merge_rounds
+    end = min(R0, chosen.affinity_rounds) if window == WINDOWS[1] else R0
+    begin = {WINDOWS[0]: 0, WINDOWS[1]: end - 1 if chosen.affinity_at == "last" else 0,
+             WINDOWS[2]: max(0, R0 - 10)}[window]
+    return slice(begin, end)
+
+
+def read(record, chosen, window=WINDOWS[1]):
     """Mean affinities (n, n) of the rounds that a window reads, and these rounds in words."""
-    rows = slice(0, R0)
-    if window == WINDOWS[1]:
-        rows = slice(0, min(R0, 10))
-    elif window == WINDOWS[2]:
-        rows = slice(max(0, R0 - 10), R0)
+    rows = rounds_read(chosen, window)
     if not len(record.rounds[rows]):
         raise Missing(f"no record: this measure was taken in rounds {record.rounds[0]} to "
                       f"{record.rounds[-1]} alone; choose another R0 or window")
     values, rounds = np.nan_to_num(record.values[rows].mean(axis=(0, 1))), record.rounds[rows]
-    return values, f"mean of rounds {rounds[0]} to {rounds[-1]}"
+    single = len(rounds) == 1
+    return values, f"round {rounds[0]}" if single else f"mean of rounds {rounds[0]} to {rounds[-1]}"
 
 
 def total_loss(store, tasks, seed, overrides, groups, R0):
@@ -122,11 +129,14 @@ def scores(ax, table, x):
 
 
 def over_rounds(ax, rounds, read, taken, alone, so_far, kept=6):
-    """The split of each round alone (dots) and of all up to it (line); a row a split, `taken` on top."""
+    """The split of each round alone (dots) and of all up to it (line); a row a split, `taken` on top.
+
+    read  the rounds that the split was taken from, a slice
+    """
     often = pd.Series(so_far * 2 + alone).value_counts().index  # the line counts double
     rows = [taken, *(name for name in often if name != taken)][:kept]
     place = {name: i for i, name in enumerate(rows)}
-    ax.axvspan(rounds[0] - 0.5, rounds[read - 1] + 0.5, color="0.92", zorder=0)
+    ax.axvspan(rounds[read][0] - 0.5, rounds[read][-1] + 0.5, color="0.92", zorder=0)
     ax.scatter(rounds, [place.get(name, len(rows)) for name in alone], s=12, color="C2",
                label="this round alone")
     line = [place.get(name, len(rows)) for name in so_far]
@@ -155,7 +165,7 @@ def view(store, overrides, tasks, seed, R0, x, measure, window):
     they are on record. Raises Missing.
     """
     study, record = measured(store, tasks, seed, overrides, NAMES[measure])
-    S, rounds = read(record, R0, window)
+    S, rounds = read(record, replace(study.settings.mas, merge_rounds=R0), window)
     letters = study.letters(range(len(S)))
     limit = 1000 * np.percentile(np.abs(S[~np.eye(len(S), dtype=bool)]), 97)
     x = min(x, len(S) - 1)

@@ -89,6 +89,10 @@ def messages(err):
         (["plan", "--seeds", "0", "-1"], "seed -1; allowed: 0 and more"),
         (["plan", "--images-per-second", "nan"], "--images-per-second nan; allowed: more than 0"),
         (["site", "--out", "out", "--preset", "tiny"], "unknown preset 'tiny'; allowed: smoke"),
+        (["site", "--out", "out", "--preset", "smoke"], "no records of preset smoke in results"),
+        (["run", "fedprox", "--set", "fl.prox_mu=0"], "fedprox without it is all-in-one; allowed"),
+        (["run", "gradnorm", "--set", "fl.gradnorm_lr=0"], "fl.gradnorm_lr=0: gradnorm without"),
+        (["run", "mas", "--set", "data.tasks=x"], "data.tasks='x': allowed: my_module:my_name"),
         (["run", "all-in-one", "--set", "fl.options=c:0.5"], "fedavg has no 'c'; allowed: none"),
     ],
 )

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from mas_core.config import Data, UserError, stream
 from mas_core.data.arrays import Record, open_array, read_json
 from mas_core.data.clients import open_clients, open_data, split_indices
 from mas_core.data.rooms.folder import ensure_rooms
-from mas_core.tasks import Task, TaskTable, decode_batch, domains_of
+from mas_core.tasks import DOMAINS, Task, TaskTable, decode_batch, domains_of
 
 ALL = "sdnkterca"
 NO_CACHE, CACHE = 0, 2**30
@@ -349,12 +351,18 @@ def test_another_table_of_tasks(tmp_path):
 
 
 def own_source(data, folder, letters):
-    return data, folder, letters
+    return SimpleNamespace(names=["one"], given=(data, folder, letters))
+
+
+def no_source(data, folder, letters):
+    """Does not return its clients."""
 
 
 def test_a_source_outside_the_package_is_called(three):
     outside = Data(source=f"{__name__}:own_source", size=SIZE)
-    assert open_clients(outside, "here", "dn") == (outside, "here", "dn")
+    assert open_clients(outside, "here", "dn").given == (outside, "here", "dn")
+    with pytest.raises(UserError, match="no_source returned None, no clients with names"):
+        open_clients(Data(source=f"{__name__}:no_source", size=SIZE), "here", "dn")
     assert ensure_rooms(outside, three) == three
     assert open_clients(config(), three, "sd").names == ["ann", "bob", "cat"]
 
@@ -387,6 +395,24 @@ def test_rooms_are_rendered_and_prepared_once(tmp_path):
             ensure_rooms(rooms, place, progress=False)
     with pytest.raises(UserError, match="--data"):
         ensure_rooms(config(), None)
+
+
+FEW = TaskTable(Task("l", "luminance", "rgb", "uint8x3", 1))
+UNLIKE = TaskTable(Task("l", "classes as numbers", "segment_semantic", "uint8", 1))
+
+
+def test_rooms_prepared_for_other_tasks_have_all_that_standard_tasks_read(tmp_path):
+    rooms = Data(size=16, buildings=2, views=3)
+    for table, domains in (("FEW", set(DOMAINS)), ("UNLIKE", set(domains_of("l", UNLIKE)))):
+        (tmp_path / table).mkdir()
+        own = replace(rooms, tasks=f"{__name__}:{table}")
+        folder = ensure_rooms(own, tmp_path / table, workers=1, progress=False)
+        record = read_json(next(folder.glob("prepared/16px/*/views.json")), Record)
+        assert set(record.domains) == domains
+        assert len(open_data(own, folder, "l").names) == 2
+    assert open_data(rooms, tmp_path / "FEW", ALL).letters == ALL
+    with pytest.raises(UserError, match="lacks domain normal .*; to add domains: mas prepare --r"):
+        open_data(rooms, folder, "n")
 
 
 def test_threads_open_arrays_one_after_the_other(three, monkeypatch):

@@ -10,6 +10,7 @@ from mas.__main__ import _overrides, _parser
 from mas.paper.experiments import Missing, ask, chosen, recipes_of, reproduce_command
 from mas.run import workers
 from mas.run.engine import collect
+from mas_core.config import UserError
 from mas_core.records import training
 from mas_core.records.store import Store
 
@@ -138,6 +139,8 @@ def test_missing_records_name_the_command(small):
     with pytest.raises(Missing, match=r"train them with: ask\(..., train_missing=True\)$"):
         ask(lambda *a: experiments.figure_7(*a), small)  # an experiment of one's own
     assert ask(experiments.figure_7, small, partial=True) == {}
+    with pytest.raises(UserError, match="seeds=.*; name at least one"):
+        ask(experiments.figure_7, small, seeds=[])
     assert not small.root.exists()
 
 

@@ -1,6 +1,7 @@
 """What explore_affinities.ipynb draws while its controls move; what it tells without records."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,10 +35,24 @@ def test_a_view_has_the_split_of_mas_and_its_loss(store):
 def test_rounds_read(store):
     _, record = explore.measured(store, "sdnkt", 0, {}, "lookahead")
     of = np.nan_to_num(record.values.mean(1))
+    usual = mas.settings("small").mas
     for window, rows, words in zip(explore.WINDOWS, (slice(0, 30), slice(0, 10), slice(20, 30)),
                                    ("0 to 29", "0 to 9", "20 to 29")):  # fmt: skip
-        S, said = explore.read(record, 30, window)
+        S, said = explore.read(record, usual, window)
         assert np.allclose(S, of[rows].mean(0)) and said == f"mean of rounds {words}"
+    S, said = explore.read(record, replace(usual, affinity_rounds=3))
+    assert np.allclose(S, of[:3].mean(0)) and said == "mean of rounds 0 to 2"
+    S, said = explore.read(record, replace(usual, affinity_rounds=7, affinity_at="last"))
+    assert np.allclose(S, of[6]) and said == "round 6"
+
+
+def test_what_mas_is_told_to_read_is_what_is_drawn(store):
+    overrides = {"mas.affinity_at": "last", "mas.affinity_rounds": 7}
+    study = mas.Study("sdnkt", mas.settings("small", "sdnkt", overrides), 0, store)
+    _, table = explore.view(store, overrides, "sdnkt", 0, 30, 3, "Eq. 3", explore.WINDOWS[1])
+    best = mas.best_split(study.affinities(7, 30, "last"), 3)
+    assert table.groups[0] == explore.named(best.groups, "sdnkt")
+    assert table["score x 1000"][0] == pytest.approx(1000 * best.score)
 
 
 def test_what_is_missing_is_told_with_its_command(store):

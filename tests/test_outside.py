@@ -3,17 +3,24 @@
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mas.run import engine
 from mas_core.config import FL, RULES, UserError, override
+from mas_core.data.clients import open_data
 from mas_core.fedavg import FedAvg, rule_of
+from mas_core.federated import TrainingDiverged, run_round
 from mas_core.methods import all_in_one, hoa, merge_and_split, restarted
 from mas_core.records.study import Study
-from mas_core.records.training import train
+from mas_core.records.training import build, train
+from mas_core.tasks import Task, TaskTable
 
 MODULE = '''
+from dataclasses import replace
+
 import torch
 from mas_core.data.clients import open_data
 from mas_core.models import MultiTaskNet
@@ -64,6 +71,44 @@ def narrow(letters, model, seed, table):
     return MultiTaskNet(letters, "tiny", model.output_stride, seed, table)
 
 
+def frozen(letters, model, seed, table):
+    """Its first convolution keeps its weights; half of the features are dropped out."""
+    net = narrow(letters, model, seed, table)
+    net.encoder[0].requires_grad_(False)
+    net.encoder = torch.nn.Sequential(net.encoder, torch.nn.Dropout(0.5))
+    return net
+
+
+def fewer_channels(letters, model, seed, table):
+    small = TaskTable(*(replace(task, channels=2) for task in table.values()))
+    return MultiTaskNet(letters, "tiny", model.output_stride, seed, small)
+
+
+def beside(letters, model, seed, table):
+    net = narrow(letters, model, seed, table)
+    net.scale = torch.nn.Parameter(torch.ones(()))
+    return net
+
+
+def no_network(letters, model, seed, table):
+    pass
+
+
+def no_matrix(losses, gradients, lr):
+    return losses
+
+
+def less(output, target, mask):
+    return l1(output, target, mask) - 1000
+
+
+def undefined(output, target, mask):
+    return l1(output, target, mask) * torch.nan
+
+
+NEGATIVE, NAN = (TaskTable(*(Task(a, "", "rgb", "uint8x3", 3, loss=loss) for a in "xy"))
+                 for loss in (less, undefined))
+number = 1
 opened = []
 
 
@@ -126,6 +171,8 @@ def test_a_branch_begins_the_state_of_its_rule_anew(outside, settings, folder, s
     assert found["split"].groups == ("s", "d")
     with pytest.raises(UserError, match="my_study:Weighted has no 'last'; allowed: first"):
         Study("sd", replace(settings, fl=replace(fl, options=(("last", 2.0),))), 0, store)
+    with pytest.raises(UserError, match="has no 'first' twice; allowed: first"):
+        Study("sd", replace(settings, fl=replace(fl, options=(("first", 2.0),) * 2)), 0, store)
 
 
 def test_hoa_of_own_tasks_in_their_tables_order(outside, settings, folder, store):
@@ -157,3 +204,74 @@ def test_what_cannot_be_imported_is_named(outside, trajectory, folder, store, se
     t = replace(trajectory, fl=replace(settings.fl, method=name))
     with pytest.raises(UserError, match=f"'{name}' cannot be imported"):
         train(t, 1, store, folder)
+
+
+def test_frozen_layers_stay_and_dropout_is_the_seeds(outside, trajectory, folder, store):
+    t = replace(trajectory, model=replace(trajectory.model, size="my_study:frozen"))
+    initial = build(t).encoder[0][0].weight
+    fl = replace(t.fl, measure_rounds=0)
+    again = replace(t, fl=replace(fl, evaluate_every=3))  # another record of the same training
+    for each, until in ((t, 4), (replace(t, fl=fl), 4), (again, 2), (again, 4)):
+        torch.manual_seed(until)  # what else draws from PyTorch's own stream is no matter
+        train(each, until, store, folder)
+    measured, plain, stopped = (store.result(x)["test_last"] for x in (t, replace(t, fl=fl), again))
+    assert measured == plain == stopped
+    state = load_file(store.checkpoint_path(t, "last"))
+    assert torch.allclose(state["encoder.0.0.weight"], initial, rtol=1e-6)  # averaged, no more
+    S = store.affinities(t).values
+    assert np.isfinite(S[..., 0, 1]).all() and (S[..., 0, 1] != 0).all()
+
+
+WRONG = {
+    "model.size=my_study:fewer_channels": "task 's' with 18 channels: outputs .*, 2, 16, 16. and",
+    "model.size=my_study:no_network": "my_study:no_network returned None, no network",
+    "model.size=my_study:number": "'my_study:number' is 1, no Callable",
+    "fl.affinity=my_study:no_matrix": r"no_matrix returned tensor.*, no tensor \(2, 2\)",
+    "fl.method=my_study:narrow": "'my_study:narrow' is <function narrow.*, no type",
+    "fl.method=my_study:TaskTable": "TaskTable.* no subclass of fedavg.FedAvg",
+    "data.tasks=my_study:number": "'my_study:number' is 1, no TaskTable",
+}
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_what_is_of_the_wrong_kind_is_named(outside, settings, folder, store, setting):
+    with pytest.raises(UserError, match=WRONG[setting]):
+        study = Study("sd", override(settings, dict([setting.split("=")])), 0, store)
+        train(study.all_in_one(), 1, store, folder)
+
+
+def test_losses_below_zero_and_undefined_ones_are_refused(outside, settings, folder, store):
+    def first_round(table):
+        study = Study("xy", override(settings, {"data.tasks": f"my_study:{table}"}), 0, store)
+        train(study.all_in_one(), 1, store, folder)
+
+    with pytest.raises(UserError, match=r"task 'x' is -9.*; Eq. 3 takes shares of a loss"):
+        first_round("NEGATIVE")
+    with pytest.raises(TrainingDiverged, match="'x' is nan .* before any step; look at its labels"):
+        first_round("NAN")
+
+
+def test_weights_beside_encoder_and_decoders_cannot_be_split(outside, settings, folder, store):
+    study = Study("sd", override(settings, {"model.size": "my_study:beside"}), 0, store)
+    train(study.all_in_one(), 2, store, folder)
+    with pytest.raises(UserError, match="scale of my_study:beside is no part of encoder"):
+        train(study.from_all_in_one("s"), 3, store, folder)
+
+
+def test_task_letters():
+    tasks = {a: Task(a, "", "rgb", "uint8x3", 3) for a in ("x", "é", "7", "/", ",", ">", "xy", "")}
+    assert list(TaskTable(tasks["x"], tasks["é"], tasks["7"])) == ["x", "é", "7"]
+    for a in ("/", ",", ">", "xy", ""):
+        with pytest.raises(UserError, match=f"task letters 'x', '{a}'; allowed: one letter"):
+            TaskTable(tasks["x"], tasks[a])
+    with pytest.raises(UserError, match="task letters 'x', 'x'; allowed: .* all unlike"):
+        TaskTable(tasks["x"], tasks["x"])
+
+
+def test_a_client_without_training_images_is_named(outside, trajectory, folder, store):
+    data = open_data(trajectory.data, folder, trajectory.tasks)
+    data.views["train"] = data.views["train"][data.views["train"][:, 0] != 1]
+    net = build(trajectory)
+    fl = replace(trajectory.fl, clients=(1,), clients_per_round=1)
+    with pytest.raises(UserError, match=f"client {data.names[1]} has no training images"):
+        run_round(net, net.state_dict(), replace(trajectory, fl=fl), 0, data)

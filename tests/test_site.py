@@ -80,6 +80,11 @@ def test_pages_figures_and_records(books, tmp_path):
 def test_what_cannot_be_a_site(books, tmp_path):
     with pytest.raises(UserError, match="holds other files"):
         site(books, tmp_path, tmp_path)
+    with pytest.raises(UserError, match="no records of preset small in"):
+        site(tmp_path / "site", tmp_path, tmp_path)
+    record = tmp_path / "small" / "d-s0-0123456789"
+    record.mkdir(parents=True)
+    (record / "config.json").write_text("{}")
     book = nbformat.read(books / "two.ipynb", as_version=4)
     book.cells[1].execution_count = None
     nbformat.write(book, books / "two.ipynb")

@@ -500,6 +500,8 @@ def ask(
     """
     recipes: Recipes = {}
     seeds = list(seeds)
+    if not seeds and not partial:
+        raise UserError("seeds=[]; name at least one")
     for seed in seeds:
         recipes |= experiment(store, seed, overrides or {})
     if train_missing:

@@ -63,7 +63,7 @@ def site(out: Path, results: Path, figures: Path, preset: str = "small") -> int:
     Figures of the preset go to figures/, the records of every folder that a notebook links to into
     a zip of its name, and linked files into files/; formulas are drawn as SVG. Returns the number
     of pages. Raises UserError where `out` is a folder that holds anything but a site, or a notebook
-    has not been executed.
+    has not been executed, or the preset has no records.
     """
     import nbformat
     from nbconvert import HTMLExporter
@@ -71,6 +71,8 @@ def site(out: Path, results: Path, figures: Path, preset: str = "small") -> int:
 
     if out.is_dir() and any(out.iterdir()) and not (out / "index.html").is_file():
         raise UserError(f"{out} holds other files than a site; name an empty folder")
+    if not any((results / preset).glob("*/*.json")):
+        raise UserError(f"no records of preset {preset} in {results}; train them, or name another")
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for packed in out.glob("records-*.zip"):  # of an earlier site here
         packed.unlink()
@@ -98,8 +100,9 @@ def site(out: Path, results: Path, figures: Path, preset: str = "small") -> int:
         (out / f"{path.stem}.html").write_text(text, encoding="utf-8")
     body = (
         "<h1>mas</h1><p>Several federated tasks: merge, measure, split, continue. Numbers come "
-        f"from procedural rooms unless a notebook says otherwise, at preset {preset}. "
-        f'<a href="records-{preset}.zip">The records</a> (JSON and CSV).</p>'
+        "from procedural rooms unless a notebook says otherwise. Pages are the notebooks as they "
+        f"were executed; figures and records to download are of preset {preset}: "
+        f'<a href="records-{preset}.zip">JSON and CSV</a>.</p>'
         f'<div class="cards" id="figure-index">{"".join(cards)}</div>'
         + _reading(notebooks_folder().parent, out)
     )

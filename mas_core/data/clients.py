@@ -211,7 +211,10 @@ def open_clients(data: Data, folder: str | Path | None, letters: str) -> Clients
     That is a function called as (data, folder, letters), which returns `federated.Clients`.
     """
     if ":" in data.source:
-        return outside(data.source)(data, folder, letters)
+        clients = outside(data.source, Callable)(data, folder, letters)
+        if not getattr(clients, "names", None):
+            raise UserError(f"{data.source} returned {clients!r:.60}, no clients with names")
+        return clients
     return open_data(data, folder, letters)
 
 
@@ -226,7 +229,7 @@ def open_data(
     Raises UserError for a folder that is missing, empty, not prepared at data.size, damaged, lacks
     a domain or has too few buildings.
     """
-    table = outside(data.tasks)
+    table = outside(data.tasks, TaskTable)
     folder, needed = Path(folder), domains_of(check_tasks(letters, table), table)
     prepared = prepared_folder(folder, data.size)
     found = sorted(read_json(prepared / "summary.json", Summary).buildings)
@@ -267,7 +270,8 @@ def _open_building(
     if lacking:
         letters = "".join(a for a, task in table.items() if task.domain in lacking)
         raise UserError(f"building {name} of {prepared} lacks domain {', '.join(lacking)} (tasks "
-                        f"{letters}); prepared are: {', '.join(record.content)}")  # fmt: skip
+                        f"{letters}); prepared are: {', '.join(record.content)}; to add domains: "
+                        f"mas prepare --root FOLDER_OF_THE_IMAGES --size {size}")  # fmt: skip
     for domain in needed:
         array = open_array(prepared / name, domain, record, size, table.stored[domain])
         signed = array.view(np.int16) if array.dtype.itemsize == 2 else array

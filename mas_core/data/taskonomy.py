@@ -258,17 +258,13 @@ def _building_names(root: Path, size: int, domains: Sequence[str], table: TaskTa
     found = {domain: {name for name, _ in _folders(root, domain)} for domain in known}
     there = [domain for domain in known if found[domain]]
     if not there:
-        raise UserError(
-            f"no Taskonomy images in {root}; looked for folders <domain>/<building>, "
-            "<domain>/taskonomy/<building> and <building>_<domain>/<domain>"
-        )
+        raise UserError(f"no Taskonomy images in {root}; looked for <domain>/<building>, "
+                        "<domain>/taskonomy/<building>, <building>_<domain>/<domain>")  # fmt: skip
     lacking = [domain for domain in domains if domain not in there]
     if lacking:
         letters = "".join(task.letter for task in table.values() if task.domain in lacking)
-        raise UserError(
-            f"{root} lacks {len(lacking)} domains: {', '.join(lacking)} (tasks {letters}); "
-            f"to prepare what is there: --domains {' '.join(there)}"
-        )
+        raise UserError(f"{root} lacks {len(lacking)} domains: {', '.join(lacking)} (tasks "
+                        f"{letters}); for what is there: --domains {' '.join(there)}")  # fmt: skip
     return sorted(set().union(*(found[domain] for domain in domains)))
 
 
@@ -310,8 +306,8 @@ def _prepare_building(
 def _source(views: dict[View, Files], domain: str, size: int, table: TaskTable) -> str:
     """A hash of how a domain's files were found: names, sizes, times, and how they are read."""
     found: list[Any] = [FORMAT, size]
-    if _reading(domain, table) != _reading(domain, TASKS):
-        found += _reading(domain, table)
+    if reading(domain, table) != reading(domain, TASKS):
+        found += reading(domain, table)
     for path in (files[domain] for files in views.values() if domain in files):
         with contextlib.suppress(OSError):  # a link to nothing: read_png will say so
             status = path.stat()
@@ -319,7 +315,7 @@ def _source(views: dict[View, Files], domain: str, size: int, table: TaskTable) 
     return hash_json(found)
 
 
-def _reading(domain: str, table: TaskTable) -> tuple[str | None, int, bool]:
+def reading(domain: str, table: TaskTable) -> tuple[str | None, int, bool]:
     """What a table says of a domain: its encoding, its number of classes, whether it is a mask."""
     return table.stored.get(domain), _classes(domain, table), domain == table.mask
 

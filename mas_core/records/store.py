@@ -95,10 +95,8 @@ class Store:
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is no configuration of a trajectory: {error}") from None
         if trajectory.id != id_:
-            raise UserError(
-                f"{path} does not match its id: it describes {trajectory.id}; "
-                "restore the file, or delete the folder to train anew"
-            )
+            raise UserError(f"{path} does not match its id: it describes {trajectory.id}; "
+                            "restore the file, or delete the folder to train anew")  # fmt: skip
         return trajectory
 
     def parent_id(self, id_: str) -> str | None:
@@ -304,10 +302,8 @@ class Store:
         if not known or shapes != wanted:
             raise UserError(f"checkpoint {path} holds another network's weights; {remedy}")
         if about["data"] != fingerprint:
-            raise UserError(
-                f"{trajectory.id} was trained on data other than those in the data folder now; "
-                f"name their folder with --data, or {remedy}"
-            )
+            raise UserError(f"{trajectory.id} was trained on data other than those in the data "
+                            f"folder now; name their folder with --data, or {remedy}")  # fmt: skip
         if about.get("sha256", digest := _digest_of(state)) != digest:
             raise UserError(f"checkpoint {path} is not as it was written; {remedy}")
         return state, int(about["round"])

@@ -11,7 +11,7 @@ import numpy as np
 from ..config import Settings, UserError, outside
 from ..fedavg import rule_of
 from ..methods import Part
-from ..tasks import check_tasks, sort_tasks
+from ..tasks import TaskTable, check_tasks, sort_tasks
 from .cost import JOULES_PER_KWH, Cost, estimated_kwh
 from .store import Store
 from .trajectory import Trajectory
@@ -28,14 +28,15 @@ class Study:
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, self._table)
-        allowed = rule_of(self.settings.fl).options
-        for name in [name for name, _ in self.settings.fl.options if name not in allowed]:
-            raise UserError(f"fl.options: {self.settings.fl.method} has no {name!r}; allowed: "
-                            + (", ".join(allowed) or "none"))  # fmt: skip
+        fl, allowed = self.settings.fl, rule_of(self.settings.fl).options
+        given = [name for name, _ in fl.options]
+        for name in [n for n in given if n not in allowed or given.count(n) > 1]:
+            raise UserError(f"fl.options: {fl.method} has no {name!r}{' twice' * (name in allowed)}"
+                            f"; allowed: {', '.join(allowed) or 'none'}")  # fmt: skip
 
     @property
     def _table(self) -> Any:
-        return outside(self.settings.data.tasks)
+        return outside(self.settings.data.tasks, TaskTable)
 
     @property
     def rounds(self) -> int:
@@ -51,15 +52,14 @@ class Study:
 
     def letters(self, group: Iterable[int]) -> str:
         """Indices of an affinity matrix as task letters."""
-        letters = sort_tasks(self.tasks, self._table)
-        return "".join(letters[i] for i in group)
+        return "".join(sort_tasks(self.tasks, self._table)[i] for i in group)
 
     def all_in_one(self) -> Trajectory:
         """The merged task, affinities measured on the way: the trunk of MAS and TAG."""
-        data, model, fl = self.settings.data, self.settings.model, self.settings.fl
+        s, fl = self.settings, self.settings.fl
         if len(self.tasks) == 1:  # nothing to measure: the same as one by one in a larger set
             fl = replace(fl, measure_rounds=0)
-        return Trajectory(sort_tasks(self.tasks, self._table), self.seed, data, model, fl)
+        return Trajectory(sort_tasks(self.tasks, self._table), self.seed, s.data, s.model, fl)
 
     def unmeasured(self, **changes: Any) -> Study:
         """The same without affinities, and with `changes` to its federated training."""
@@ -69,9 +69,8 @@ class Study:
     def from_scratch(self, group: str) -> Trajectory:
         """The tasks of `group` trained from the seed's initial weights."""
         study = self if sorted(group) == sorted(self.tasks) else self.unmeasured()
-        return self.store.served_by(
-            replace(study.all_in_one(), tasks=sort_tasks(group, self._table))
-        )
+        tasks = sort_tasks(group, self._table)
+        return self.store.served_by(replace(study.all_in_one(), tasks=tasks))
 
     def from_all_in_one(self, group: str) -> Trajectory:
         """The tasks of `group` continued from the all-in-one weights of round R0."""
@@ -102,15 +101,11 @@ class Study:
         measured = self.store.affinities(trunk)
         wanted = min(window, rounds or window)
         if wanted > trunk.fl.measure_rounds:
-            raise UserError(
-                f"affinities of {wanted} rounds are read, but fl.measure_rounds="
-                f"{trunk.fl.measure_rounds}; raise it, or lower mas.affinity_rounds"
-            )
+            raise UserError(f"affinities of {wanted} rounds are read, but fl.measure_rounds="
+                            f"{trunk.fl.measure_rounds}; raise it, or read fewer")  # fmt: skip
         if measured.rounds[:wanted].tolist() != list(range(wanted)):
-            raise UserError(
-                f"{self.store.folder(trunk) / 'affinity.csv'} lacks rounds of the first {wanted}; "
-                "restore it, or delete the folder to train anew"
-            )
+            raise UserError(f"{self.store.folder(trunk) / 'affinity.csv'} lacks rounds of the first"
+                            f" {wanted}; restore it, or delete the folder")  # fmt: skip
         per_round = measured.values[:wanted].mean(1)  # (T, K, n, n) -> (T, n, n)
         S = per_round[-1] if at == "last" else per_round.mean(0)
         np.fill_diagonal(S, 0.0)

@@ -14,7 +14,7 @@ from .. import models
 from ..config import UserError, outside
 from ..data.clients import open_clients
 from ..fedavg import rule_of
-from ..federated import Clients, Round, check_finite, load_state, run_round, state_device
+from ..federated import Clients, Round, check_finite, load_state, run_round
 from ..local import sgd
 from ..models import MultiTaskNet, State, restrict_state
 from ..tasks import task_losses, task_scores
@@ -208,12 +208,16 @@ def start_state(
     capture: Callable | None = None,
 ) -> State:  # fmt: skip
     """The state a trajectory starts from: initial weights, or its parent's at the start round."""
-    device, own = state_device(net), rule_of(trajectory.fl).start(net, trajectory.fl)
+    device, own = next(net.parameters()).device, rule_of(trajectory.fl).start(net, trajectory.fl)
     if trajectory.parent is None:
         return {name: tensor.clone() for name, tensor in net.state_dict().items()} | own
     parent, begin = trajectory.parent, trajectory.start_round
     whole = state_at(parent, begin, store, data_folder, device, capture)
-    return restrict_state(whole, trajectory.tasks) | own
+    state = restrict_state(whole, trajectory.tasks) | own
+    if stray := sorted(net.state_dict().keys() - state.keys()):
+        raise UserError(f"{stray[0]} of {trajectory.model.size} is no part of encoder or decoders: "
+                        "a group cannot go on from merged weights")  # fmt: skip
+    return state
 
 
 def state_at(
@@ -261,7 +265,7 @@ def _result(run: _Run, store: Store) -> dict[str, Any]:
     best_state, best_round = store.load_checkpoint(trajectory, path, run.state, data.fingerprint)
     _load_for_test(run, {name: tensor.to(device) for name, tensor in best_state.items()})
     counts = [data.count(k, "test") for k in range(len(data.names))]
-    of_clients = [test(k) if n else dict.fromkeys(net.tasks) for k, n in enumerate(counts)]
+    own = [test(k) if n else dict.fromkeys(net.tasks) for k, n in enumerate(counts)]
     scored = [a for a in net.tasks if net.table[a].score]
     scores = test(measure=task_scores) if scored else {}
     machines = store.machines(trajectory)
@@ -271,9 +275,7 @@ def _result(run: _Run, store: Store) -> dict[str, Any]:
         "test_last": last,
         "test_best": test(),
         "best_round": best_round,
-        "test_best_clients": {
-            a: [x[a] and float(f"{x[a]:.6g}") for x in of_clients] for a in net.tasks
-        },
+        "test_best_clients": {a: [x[a] and float(f"{x[a]:.6g}") for x in own] for a in net.tasks},
         **({"test_scores": {a: scores[a] for a in scored}} if scored else {}),
         "test_constant": constant_losses(data, net.tasks, device),
         "test_images": sum(counts),

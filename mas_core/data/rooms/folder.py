@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...config import Data, UserError, outside
+from ...tasks import TASKS, TaskTable, domains_of
 from ..clients import prepared_folder
-from ..taskonomy import prepare
+from ..taskonomy import prepare, reading
 from .render import RENDERER_VERSION, read_parameters, render_rooms
 
 
@@ -47,7 +48,10 @@ def ensure_rooms(
                      progress=progress)  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
-    prepare(rooms, data.size, workers=workers, progress=progress, table=outside(data.tasks))
+    own = outside(data.tasks, TaskTable)
+    alike = all(reading(d, own) == reading(d, TASKS) for d in domains_of("".join(own), own))
+    table = TASKS if alike else own  # all that rooms hold, so that other tasks find theirs, too
+    prepare(rooms, data.size, workers=workers, progress=progress, table=table)
     return rooms
 
 
