@@ -66,7 +66,6 @@ def load(experiment, notebook, preset, seeds, results, data=None, train_missing=
 
     seeds None: every seed of which anything is on record, or 0.
     """
-    assert seeds is None or len(seeds), "seeds=[]; name at least one, or None for all on record"
     store = mas.open_store(preset, results)
     asked = seeds if seeds is not None else seeds_on_record(preset, results) or [0]
     found = experiments.ask(experiment, store, asked, overrides, train_missing, data, partial=True)
