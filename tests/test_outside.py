@@ -220,6 +220,7 @@ def test_frozen_layers_stay_and_dropout_is_the_seeds(outside, trajectory, folder
     assert torch.allclose(state["encoder.0.0.weight"], initial, rtol=1e-6)  # averaged, no more
     S = store.affinities(t).values
     assert np.isfinite(S[..., 0, 1]).all() and (S[..., 0, 1] != 0).all()
+    train(replace(t, fl=replace(fl, method="cagrad")), 1, store, folder)
 
 
 WRONG = {

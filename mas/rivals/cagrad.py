@@ -27,7 +27,8 @@ class CAGrad(FedAvg):
         gradients = encoder_gradients(self.net, forward, at_features, self.scale)
         flat = torch.stack([torch.cat([t.flatten() for t in g]) for g in gradients])
         a = self.weights((flat @ flat.T).double().cpu().numpy())
-        for p, of_tasks in zip(self.net.encoder.parameters(), zip(*gradients), strict=True):
+        trained = [p for p in self.net.encoder.parameters() if p.requires_grad]
+        for p, of_tasks in zip(trained, zip(*gradients), strict=True):
             p.grad = sum(float(x) * g for x, g in zip(a, of_tasks, strict=True))
 
     def weights(self, G: np.ndarray) -> np.ndarray:
