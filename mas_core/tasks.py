@@ -227,7 +227,7 @@ def task_losses(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         wanted = (len(batch), *out.shape[2:]) if task.classes else out.shape
         if out.shape[:2] != (len(batch), task.channels) or target != wanted:
             raise UserError(f"task {a!r} with {task.channels} channels: outputs {tuple(out.shape)} "
-                            f"and labels {tuple(target)} of {len(batch)} images")  # fmt: skip
+                            f"and labels {tuple(target)} disagree")  # fmt: skip
     losses = [batch.table[a].loss(out.float(), batch.targets[a], batch.mask)
               for a, out in outputs.items()]  # fmt: skip
     return torch.stack(losses)

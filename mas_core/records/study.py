@@ -105,7 +105,7 @@ class Study:
                             f"{trunk.fl.measure_rounds}; raise it, or read fewer")  # fmt: skip
         if measured.rounds[:wanted].tolist() != list(range(wanted)):
             raise UserError(f"{self.store.folder(trunk) / 'affinity.csv'} lacks rounds of the first"
-                            f" {wanted}; restore it, or delete the folder")  # fmt: skip
+                            f" {wanted}; restore it, or delete its record")  # fmt: skip
         per_round = measured.values[:wanted].mean(1)  # (T, K, n, n) -> (T, n, n)
         S = per_round[-1] if at == "last" else per_round.mean(0)
         np.fill_diagonal(S, 0.0)
