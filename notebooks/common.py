@@ -6,6 +6,7 @@ core time on a CPU. `mean ± std` is over seeds (one seed: no spread).
 """
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -32,8 +33,8 @@ TASK_COLOURS = dict(zip(mas.TASKS, ("#332288", "#88CCEE", "#44AA99", "#117733", 
                                     "#CC6677", "#882255", "#AA4499")))
 HALO = [withStroke(linewidth=2.5, foreground="white")]
 VERDICT_TEXT = dict(zip(verdicts.VERDICTS,
-                        ("#117733", "#CC3311", "#0077BB", "#66AA55", "#DD8866", "#444444", "#888888",
-                         "#AAAAAA")))
+                        ("#117733", "#CC3311", "#0077BB", "#66AA55", "#DD8866", "#66AADD", "#444444",
+                         "#888888", "#AAAAAA")))
 pd.set_option("display.width", 180, "display.max_columns", 40, "display.max_colwidth", None)
 
 
@@ -138,11 +139,14 @@ def with_changes(printed, tasks):
     return pd.concat([printed, pd.DataFrame(rows)], ignore_index=True).fillna("")
 
 
-def delta_m(found, better, worse, tasks="sdnkt"):
-    """delta-m (%) of a method over its control, by seed, where both are on record."""
+def delta_m(found, better, worse, tasks="sdnkt", judge="losses"):
+    """delta-m (%) of a method over its control, by seed, where both are on record.
+
+    judge: "losses" of the model with the least validation loss, "losses_last" of the last round's.
+    """
     having = [{s for m, t, s in found if (m, t) == (name, tasks)} for name in (better, worse)]
     seeds = sorted(having[0] & having[1])
-    pairs = {s: [found[m, tasks, s].losses for m in (better, worse)] for s in seeds}
+    pairs = {s: [getattr(found[m, tasks, s], judge) for m in (better, worse)] for s in seeds}
     return pd.Series({s: tables.delta_m(*losses) for s, losses in pairs.items()}, dtype=float)
 
 
@@ -241,6 +245,11 @@ def times_faster(runs, better, worse, tasks, least, preset, results, overrides={
         return verdicts.timed(ratios[tasks, worse], least, ratios[tasks, better])
     quotient = series(runs, worse, tasks, "minutes") / series(runs, better, tasks, "minutes")
     return verdicts.paired(quotient, least, margin=None)
+
+
+def interval(points):
+    """Text: an effect by seed as mean and 95 % interval, such as the last round's beside a verdict."""
+    return str(replace(verdicts.paired(points, margin=None), seeds=0)) or "-"
 
 
 def measured(found):

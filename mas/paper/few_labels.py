@@ -44,6 +44,9 @@ Rule of judgement
     six comparisons, is at most 0.05 and the effect is positive; 1 by the difference of the two
     effects, paired by seed, at 0.05; 3 if the interval's lower end lies above -1 %; 2 by an exact
     binomial test over seeds against 1/15. One seed gives no verdict.
+    Changed after the runs: the binomial test takes seeds for independent draws of a split. They
+    share tasks and buildings, so 2 is judged by a bound that holds whatever they share
+    (`verdicts.counted`), by which no number of seeds can show it.
 """
 
 from __future__ import annotations
