@@ -30,7 +30,8 @@ def lookahead_affinity(
     statistics, as in training. Returns (n, n) float32, dimensionless, on the model's device. The
     model, its gradients and BatchNorm statistics included, is left bit-identical.
     """
-    was_training, kept = model.training, [p.grad for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    kept = [p.grad for p in model.parameters()]
     model.train()
     model.zero_grad()  # else the kept gradients would be added to in place
     with frozen_statistics(model):
@@ -38,7 +39,8 @@ def lookahead_affinity(
         at_features = step.backward_decoders()
         gradients = encoder_gradients(model, step, at_features)
         S = lookahead(model, batch, step.losses.detach(), gradients, lr, diagonal)
-    model.train(was_training)
+    for m, training in modes:
+        m.training = training
     for p, gradient in zip(model.parameters(), kept, strict=True):
         p.grad = gradient
     return S
@@ -159,15 +161,15 @@ def lookahead(
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """BatchNorm normalises by the batch, as in training; its running statistics do not change."""
-    normalising = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracking = [m for m in normalising if m.track_running_stats]
-    for m in tracking:
-        m.track_running_stats = False
+    normalising = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    tracking = [(m, m.momentum) for m in normalising if m.track_running_stats]
+    for m, _ in tracking:
+        m.track_running_stats, m.momentum = False, 0.0  # the second for InstanceNorm
     try:
         yield
     finally:
-        for m in tracking:
-            m.track_running_stats = True
+        for m, momentum in tracking:
+            m.track_running_stats, m.momentum = True, momentum
 
 
 _CHEAPER = {"first_order": first_order_affinity, "cosine": cosine_affinity}

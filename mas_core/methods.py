@@ -210,13 +210,6 @@ def restarted(study: Study, groups: Sequence[str], name: str) -> Recipe:
     return study.result(name, groups, branches, parts)
 
 
-def first_rounds(study: Study) -> Recipe:
-    """All-in-one for as long as a split reads its affinities, which its record holds; no result."""
-    check_measured(study)
-    yield [Need(study.all_in_one(), study.settings.mas.affinity_rounds)]
-    return []
-
-
 METHODS = {
     "one-by-one": one_by_one,
     "all-in-one": all_in_one,

@@ -111,12 +111,20 @@ def test_measuring_leaves_everything_bit_identical(net, batch, training, with_gr
 
 def test_every_kind_of_batch_norm_keeps_its_statistics():
     untracked = nn.BatchNorm1d(2, track_running_stats=False)
-    model = nn.Sequential(nn.BatchNorm1d(2), untracked, nn.BatchNorm1d(2))
+    instance = nn.InstanceNorm1d(2, momentum=0.3, track_running_stats=True)
+    model = nn.Sequential(nn.BatchNorm1d(2, momentum=None), untracked, instance)
     state = copy.deepcopy(model.state_dict())
     with frozen_statistics(model):
-        model(torch.randn(5, 2))
+        model(torch.randn(5, 2, 3))
     assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
     assert [m.track_running_stats for m in model] == [True, False, True]
+    assert [m.momentum for m in model] == [None, 0.1, 0.3]
+
+
+def test_a_part_in_another_mode_keeps_it(net, batch):
+    net.decoders["d"].eval()
+    lookahead_affinity(net, batch("sdnkt"), LR)
+    assert net.training and not any(m.training for m in net.decoders["d"].modules())
 
 
 def test_batch_norm_uses_the_batch_in_whatever_mode_the_model_is(net, batch):

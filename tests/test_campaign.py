@@ -231,6 +231,16 @@ def test_a_branch_finds_its_parent_in_the_pack_or_here(packed, tmp_path):
     assert content(tmp_path / "here") == content(packed[0])
 
 
+def test_what_says_how_far_a_record_reaches_is_unpacked_last(packed, tmp_path, monkeypatch):
+    written, write = {}, Store.write_file
+    monkeypatch.setattr(Store, "write_file", lambda store, t, name, data: (
+        written.setdefault(t.id, []).append(name), write(store, t, name, data)))  # fmt: skip
+    assert unpack(packed[1], tmp_path / "here") == 0
+    assert written and all(names[-2:] == ["rounds.csv", "result.json"]
+                           for names in written.values() if "result.json" in names)  # fmt: skip
+    assert any("affinity.csv" in names for names in written.values())
+
+
 def test_budgets():
     assert [campaign.seconds_of(t) for t in ("540s", "9m", "0.5h", "20")] == [540, 540, 1800, 20]
     for wrong in ("soon", "0s", "-3s", "5 s", "1d"):

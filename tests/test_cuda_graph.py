@@ -107,6 +107,17 @@ def test_a_capture_that_fails_leaves_the_network_as_it_was(net, batches):
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.parametrize("measure", [False, True])
+def test_a_network_that_draws_numbers_is_not_captured(net, batches, measure):
+    net.encoder.append(torch.nn.Dropout(0.5))
+    before, weights = torch.get_rng_state(), copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="draws random numbers"):
+        GraphedStep(net, batches[0], PLAIN, measure=measure, capture=run_eagerly)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
 def test_on_a_gpu_small_images_keep_float32_and_the_plain_layout(monkeypatch):
     def kept(device, memory_format):
         return memory_format

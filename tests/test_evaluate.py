@@ -55,6 +55,19 @@ def test_evaluating_changes_no_weight_and_no_statistic(net, opened):
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_losses_are_named_right_in_whatever_order_a_network_returns_outputs(net, opened):
+    class Reversed(torch.nn.Module):
+        tasks = LETTERS
+
+        def forward(self, image):
+            return dict(reversed(net(image).items()))
+
+    wrapped = Reversed()
+    wrapped.eval = net.eval
+    batches = list(opened.evaluation("val", LETTERS, 64, CPU))
+    assert evaluate(wrapped, batches) == evaluate(net, batches)
+
+
 def test_nothing_to_evaluate_on(net):
     with pytest.raises(ValueError, match="no images"):
         evaluate(net, [])

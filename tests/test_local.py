@@ -192,6 +192,31 @@ def test_fedprox_with_mu_zero_is_fedavg_bit_for_bit(batches):
     assert states_equal(one, other)
 
 
+def test_fedprox_leaves_frozen_layers_alone(batches):
+    net = fresh()
+    net.encoder[0].requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    local_update(net, batches[:2], replace(PLAIN, method="fedprox", prox_mu=0.5), LR)
+    frozen = {f"encoder.0.{name}" for name, _ in net.encoder[0].named_parameters()}
+    assert frozen and all(torch.equal(net.state_dict()[name], before[name]) for name in frozen)
+    after = net.state_dict()
+    assert any(not torch.equal(after[n], before[n]) for n in after if n.startswith("decoders.d."))
+
+
+def test_gradnorm_leaves_out_tasks_without_labels():
+    """Only tasks 0 and 2 have labels: r = (1, 1), G = (3, 1), mean 2; slopes +3, -1, step 0.1."""
+    fl = FL(method="gradnorm", gradnorm_alpha=1.0, gradnorm_lr=0.1)
+    rule = GradNorm(fresh(), fl, {WEIGHTS: torch.ones(3)})
+    rule.after(None, torch.tensor([2.0, 0.0, 1.0]), [torch.tensor([x]) for x in (3.0, 0.0, 1.0)])
+    torch.testing.assert_close(rule.weights, torch.tensor([0.7, 1.0, 1.1]) * (3 / 2.8))
+    assert rule.initial.tolist() == [2.0, 0.0, 1.0]
+    rule.after(None, torch.tensor([1.0, 5.0, 1.0]), [torch.tensor([1.0])] * 3)
+    assert rule.initial.tolist() == [2.0, 5.0, 1.0]  # task 1's first loss
+    weights = rule.weights
+    rule.after(None, torch.zeros(3), [torch.tensor([0.0])] * 3)
+    assert torch.equal(rule.weights, weights)
+
+
 def test_gradnorm_step_by_hand():
     """n = 2, alpha = 1: r = (1/2, 1) / (3/4) = (2/3, 4/3); G = (5, 1), mean 3, targets 2 and 4.
 

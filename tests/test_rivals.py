@@ -50,6 +50,16 @@ def test_famo_weights_follow_the_log_losses_by_hand():
     assert rule.travelling()[W].tolist() == pytest.approx([-0.025, 0.025], rel=1e-6)
 
 
+def test_famo_without_a_tasks_labels_steps_for_the_others(batch):
+    made, rule = batch("dk"), famo([0.0, 0.0])
+    made.mask.zero_()  # no pixel of depth counts
+    before = [p.detach().clone() for p in rule.net.encoder.parameters()]
+    losses = rule.step(made, torch.optim.SGD(rule.net.parameters(), 0.1))
+    assert losses[0] == 0 and losses[1] > 0 and rule.w.isfinite().all()
+    after = rule.net.encoder.parameters()
+    assert max((p - q).abs().max() for p, q in zip(after, before, strict=True)) > 1e-4
+
+
 def test_famo_decay_pulls_w_to_zero():
     rule = famo([1.0, -1.0], lr=0.1, decay=0.01)
     rule.follow(torch.ones(2), torch.ones(2))  # nothing fell

@@ -1,6 +1,7 @@
 """Worker processes that end with the process that started them, and what a user is told."""
 
 import io
+import multiprocessing
 import os
 import re
 import signal
@@ -142,6 +143,19 @@ def test_a_terminal_has_a_bar_and_what_follows_a_line_of_its_own(half_done):
         print("mas: interrupted", file=sys.stderr)
     assert re.search(r"2/7 \[.*0 done, 1 running", terminal.getvalue())
     assert terminal.getvalue().splitlines()[-1] == "mas: interrupted"
+
+
+def test_children_that_were_there_before_are_left_alone():
+    before, after = (multiprocessing.Process(target=time.sleep, args=(60,)) for _ in range(2))
+    try:
+        before.start()
+        others = multiprocessing.active_children()
+        after.start()
+        workers.end_workers(others)
+        after.join(20)
+        assert before.is_alive() and after.exitcode not in (None, 0)
+    finally:
+        before.kill()
 
 
 def test_nothing_to_do_is_not_shown(tmp_path):

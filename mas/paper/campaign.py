@@ -32,7 +32,7 @@ from mas_core.records.trajectory import Trajectory
 from mas_core.tasks import TASK_SETS
 
 from ..run.engine import EngineError, collect
-from ..run.workers import Compute, train_recipes
+from ..run.workers import Compute, end_workers, train_recipes
 from . import experiments as x
 
 WRITTEN = (".json", ".csv")  # what a record is made of, besides its checkpoints
@@ -130,7 +130,8 @@ def campaign(
         raise UserError(f"--pack {pack_into}: there is no folder {pack_into.absolute().parent}")
     reserve = max(5.0, budget / 20)
     stop_at, failed = began + budget - reserve, False
-    last_call = threading.Timer(budget - reserve / 2, _end_workers)
+    others = multiprocessing.active_children()
+    last_call = threading.Timer(budget - reserve / 2, end_workers, [others])
     last_call.daemon = True
     last_call.start()
     first = settings(table[0].preset, overrides=table[0].overrides).data
@@ -171,11 +172,6 @@ def _stages(
 
 def _all(rows: Iterable[Evidence], store: Store) -> x.Recipes:
     return {key: recipe for row in rows for key, recipe in row.recipes(store).items()}
-
-
-def _end_workers() -> None:
-    for worker in multiprocessing.active_children():
-        worker.kill()
 
 
 def _trained_since(began: float, store: Store) -> set[str]:
@@ -291,6 +287,7 @@ def _add(t: Trajectory, packed: Store, here: Store) -> str:
         if theirs <= ours or (states.is_dir() and not theirs[0]):  # those can be continued
             return "already there"
         shutil.rmtree(states, ignore_errors=True)  # of another, shorter run
-        for path in sorted(packed.folder(t).iterdir(), key=lambda p: p.name == "result.json"):
+        order = {"rounds.csv": 1, "result.json": 2}  # last: they say how far a record reaches
+        for path in sorted(packed.folder(t).iterdir(), key=lambda p: order.get(p.name, 0)):
             here.write_file(t, path.name, path.read_bytes())
     return "added"

@@ -60,8 +60,10 @@ class FAMO(FedAvg):
         optimizer.zero_grad()
         forward = forward_tasks(self.net, batch)
         losses = forward.losses.detach()
-        shares = self.w.softmax(0) / losses.clamp(min=1e-8)
-        at_features = forward.backward_decoders(len(shares) * shares / shares.sum())
+        # A task without labels in the batch has loss 0, and no share.
+        shares = torch.where(losses > 0, self.w.softmax(0) / losses.clamp(min=1e-8), 0.0)
+        total = shares.sum().clamp(min=1e-30)
+        at_features = forward.backward_decoders(len(shares) * shares / total)
         self.encoder_backward(forward, at_features)
         optimizer.step()
         with torch.no_grad(), frozen_statistics(self.net):

@@ -14,7 +14,7 @@ class FedProx(FedAvg):
 
     def __init__(self, net: MultiTaskNet, fl: FL, state: State) -> None:
         super().__init__(net, fl, state)
-        self.server = [(p, p.detach().clone()) for p in net.parameters()]
+        self.server = [(p, p.detach().clone()) for p in net.parameters() if p.requires_grad]
 
     def correct(self) -> None:
         for p, origin in self.server:

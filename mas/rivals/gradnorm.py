@@ -19,6 +19,7 @@ class GradNorm(FedAvg):
     G_i = |grad_z w_i L_i| at the shared representation z; r_i is L_i / L_i(0) over its mean; the
     target is held constant. Then the weights are scaled to sum to n. They travel with the model,
     and so do the first losses L_i(0); alpha and the step are `fl.gradnorm_alpha`, `fl.gradnorm_lr`.
+    Tasks without labels in a batch have loss 0 there; means are over the others.
     """
 
     measures = False
@@ -42,10 +43,14 @@ class GradNorm(FedAvg):
         return self.weights
 
     def after(self, batch: Batch, losses: Tensor, at_features: list[Tensor]) -> None:
-        self.initial = losses if self.initial is None else self.initial
+        initial = losses if self.initial is None else self.initial
+        self.initial, labelled = torch.where(initial > 0, initial, losses), losses > 0
+        if not labelled.any():
+            return
         norms = torch.stack([g.float().norm() for g in at_features])
-        ratio = losses / self.initial
-        target = norms.mean() * (ratio / ratio.mean()) ** self.fl.gradnorm_alpha
+        ratio = losses / self.initial.clamp(min=1e-30)
+        relative = ratio / ratio[labelled].mean()
+        target = norms[labelled].mean() * relative ** self.fl.gradnorm_alpha
         slope = torch.sign(norms - target) * norms / self.weights  # dG_i/dw_i = |grad_z L_i|
         weights = (self.weights - self.fl.gradnorm_lr * slope).clamp(min=1e-3)
         self.weights = weights * len(weights) / weights.sum()

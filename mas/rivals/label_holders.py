@@ -29,6 +29,9 @@ class LabelHolders(FedAvg):
     the round, and a decoder over those that hold its task, their p_k scaled to sum to 1; a decoder
     that nobody trained stays. Where every client holds every task this is FedAvg.
 
+    Records count every decoder for every client, though one needs the encoder and the decoders that
+    it holds alone.
+
     It reports share_a, the p_k of the clients that hold a (the recorded training loss of a is
     share_a times their mean, as the others count 0), and cos_a_b: see `update_cosines`.
     """

@@ -50,12 +50,17 @@ def run_eagerly(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tenso
     return lambda: losses.copy_(step()), losses
 
 
+def generator_state(like: Tensor) -> Tensor:
+    """The state of the random generator that operations on a tensor's device draw from."""
+    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
+
+
 class GraphedStep:
     """SGD steps of one network in training on batches of one shape; with `measure`, affinities too.
 
-    Weights, statistics and momentum are updated in place. Building it leaves the network as it was,
-    and raises where the second of two replayed steps has other losses or affinities than run step
-    by step.
+    Weights, statistics and momentum are updated in place. Building it leaves the network and the
+    random generators as they were, and raises where the second of two replayed steps has other
+    losses or affinities than run step by step, or where a step draws random numbers.
     """
 
     def __init__(
@@ -92,12 +97,21 @@ class GraphedStep:
             run()
             return run().clone()
 
+        def run_eagerly_twice(run: Callable[[], Tensor]) -> Tensor:
+            before = generator_state(batch.image)
+            losses = second(run)
+            if not torch.equal(before, generator_state(batch.image)):
+                raise ValueError("a step draws random numbers, as dropout does")
+            return losses
+
         self._captured, checks = {}, []
         try:
-            for measured in (False, True) if measure else (False,):
-                run = partial(step, measured)
-                self._captured[measured] = capture(run)
-                checks.append((second(partial(self._replay, batch, measured)), second(run)))
+            with torch.random.fork_rng([batch.image.device] * batch.image.is_cuda):
+                for measured in (False, True) if measure else (False,):
+                    run = partial(step, measured)
+                    self._captured[measured] = capture(run)
+                    replayed = second(partial(self._replay, batch, measured))
+                    checks.append((replayed, run_eagerly_twice(run)))
         finally:
             restore()
         for replayed, run in checks:

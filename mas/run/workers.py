@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ def train_recipes(
         return folder if same else ensure_rooms(own, None)
 
     threads = compute.threads or default_threads(settings.model.size, compute.workers, elsewhere)
-    executor, slots = None, compute.workers
+    executor, slots, others = None, compute.workers, multiprocessing.active_children()
     with ExitStack() as stack:
         if elsewhere:
             from .cluster import dask_workers, slurm_workers
@@ -87,6 +89,11 @@ def train_recipes(
         try:
             return run(recipes, store, folder_of, device, executor, threads, slots, **how)
         except BaseException:  # do not wait for what still runs
-            for worker in multiprocessing.active_children():
-                worker.terminate()
+            end_workers(others)
             raise
+
+
+def end_workers(others: Iterable[BaseProcess]) -> None:
+    """End this process's children but for those that were there before."""
+    for worker in set(multiprocessing.active_children()) - set(others):
+        worker.kill()

@@ -26,7 +26,7 @@ def evaluate(
     for batch in batches:
         with autocast(batch.image):
             outputs = net(batch.image)
-        losses = measure(outputs, batch) * len(batch)
+        losses = measure({a: outputs[a] for a in net.tasks}, batch) * len(batch)
         total = losses if total is None else total + losses
         images += len(batch)
     if total is None:

@@ -116,7 +116,7 @@ class Store:
         if not begun[0]:
             raise UserError(f"{folder} lacks config.json; {_REMEDY}")
         self.trajectory(id_, trajectory.parent)
-        done, result = self.rounds_done(trajectory), self.result(trajectory)
+        result, done = self.result(trajectory), self.rounds_done(trajectory)  # it may just end
         if result is not None and done < trajectory.fl.rounds:
             raise UserError(f"{folder} lacks rounds of a complete record; {_REMEDY}")
         for name, digest in (result or {}).get("sha256", {}).items():
