@@ -118,8 +118,10 @@ def run_round(
                 own, result = together[k]
             else:
                 own = load_state(net, state)
-                torch.manual_seed(stream_seed(training.seed, "dropout", k, round_))
-                result = local_update(net, batches[k], fl, lr, measure, state, capture, clock, k)
+                seed, given = stream_seed(training.seed, "dropout", k, round_), batches[k]
+                with torch.random.fork_rng([device] * (device.type == "cuda")):
+                    torch.manual_seed(seed)
+                    result = local_update(net, given, fl, lr, measure, state, capture, clock, k)
             for i, step in enumerate(result.step_losses.tolist()):
                 check_finite(step, tasks, f"client {data.names[k]}", round_, lr, i + round_ == 0)
             results[k] = result

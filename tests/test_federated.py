@@ -199,6 +199,12 @@ def test_batches_differ_by_seed_round_and_client(trajectory, opened, change):
     assert not torch.equal(first_image(), first_image(**change))
 
 
+def test_a_round_leaves_the_callers_generator_alone(trajectory, opened):
+    before, net = torch.get_rng_state(), build(trajectory)
+    run_round(net, dict(net.state_dict()), trajectory, 0, opened)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_affinities_are_measured_in_the_first_rounds_by_fedavg_alone(trajectory, opened, settings):
     def measured(round_, **changes):
         t = replace(trajectory, fl=replace(settings.fl, measure_rounds=2, **changes))
