@@ -96,10 +96,10 @@ def measured_step(
         gradients = encoder_gradients(model, step, at_features, scale)
         if kind == "lookahead":
             return lookahead(model, batch, losses, gradients, lr)
-        S = (_CHEAPER.get(kind) or outside(kind, Callable))(losses, gradients, lr)
+        S = (_CHEAPER.get(kind) or outside(kind, Callable))(losses.clone(), gradients, lr)
         if not isinstance(S, Tensor) or S.shape != (len(losses), len(losses)):
             raise UserError(f"{kind} returned {S!r:.60}, no tensor ({len(losses)}, {len(losses)})")
-    return S.detach().fill_diagonal_(torch.nan)
+    return S.detach().clone().fill_diagonal_(torch.nan)
 
 
 def encoder_gradients(

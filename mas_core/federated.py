@@ -110,7 +110,7 @@ def run_round(
     results: dict[int, LocalResult] = {}
 
     def trained() -> Iterator[tuple[State, float]]:
-        """Every client's new state; the next client may overwrite it."""
+        """Every client's new state, a copy."""
         batches = {k: client_batches(training, data, k, round_, device) for k in longest}
         together = can_group(net, fl) and train_clients(net, state, batches, fl, lr, measure, clock)
         for k in clients:
@@ -125,7 +125,7 @@ def run_round(
             for i, step in enumerate(result.step_losses.tolist()):
                 check_finite(step, tasks, f"client {data.names[k]}", round_, lr, i + round_ == 0)
             results[k] = result
-            yield own | result.travelling, p[k]
+            yield {name: t.clone() for name, t in own.items()} | result.travelling, p[k]
 
     new = rule.average(trained())
     S = np.stack([results[k].affinity.cpu().numpy() for k in clients]) if measure else None

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .affinity import measured_step
-from .config import FL
+from .config import FL, UserError
 from .fedavg import rule_of
 from .models import MultiTaskNet, State, TaskPass
-from .tasks import Batch
+from .tasks import TASKS, Batch
 
 
 @dataclass
@@ -69,6 +69,8 @@ def local_update(
     first = next(batches, None)
     if first is None:
         raise ValueError("a client has no training images")
+    if first.table is TASKS and net.table is not TASKS:
+        raise UserError("batches have the package's table of tasks: Batch(..., your table)")
     rule = rule_of(fl)(net, fl, state or {})
     net = rule.network(client).train()
     captured = capture and rule.captured and capture(net, first, fl, rule.scale, measure)

@@ -21,7 +21,7 @@ from scipy import stats
 from scipy.optimize import isotonic_regression
 
 import mas
-from mas import cost, experiments, verdicts
+from mas import experiments, verdicts
 from mas.frames import seeds_on_record
 from mas.paper import tables
 
@@ -203,7 +203,7 @@ def costs(runs, printed, tasks, ratios):
 
     Time over one-by-one's is the median of repeats timed in one run, with the least and greatest.
     """
-    grams = runs.wh_estimated / 1000 * cost.GRAMS_CO2_PER_KWH
+    grams = runs.wh_estimated / 1000 * tables.GRAMS_CO2_PER_KWH
     table = beside(runs.assign(grams=grams), printed, {
         "time / one-by-one, one run": (None, "time_ratio"),
         "time (ours min, paper GPU h)": ("minutes", "time_gpu_hours"),

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mas.paper.tables import GRAMS_CO2_PER_KWH
 from mas_core.federated import state_bytes
 from mas_core.records import cost
-from mas_core.records.cost import GRAMS_CO2_PER_KWH, Cost, Stopwatch, device_name, estimated_kwh
+from mas_core.records.cost import Cost, Stopwatch, device_name, estimated_kwh
 
 
 def test_a_stopwatch_knows_seconds_alone(monkeypatch):

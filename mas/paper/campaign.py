@@ -128,6 +128,8 @@ def campaign(
         raise UserError(f"--pack {pack_into}; allowed: a name that ends in .tar.gz or .zip")
     if not pack_into.absolute().parent.is_dir():
         raise UserError(f"--pack {pack_into}: there is no folder {pack_into.absolute().parent}")
+    if data is not None and not data.is_dir():
+        raise UserError(f"--data {data}: there is no such folder")
     reserve = max(5.0, budget / 20)
     stop_at, failed = began + budget - reserve, False
     others = multiprocessing.active_children()

@@ -23,6 +23,10 @@ from mas_core.tasks import TASKS
 from ..frames import preset_folder, seeds_on_record
 from .experiments import NOTEBOOKS, Experiment, Key, ask
 
+# The ratio of the paper's own columns (supplement Tables 3 to 5), so that the figures compare. The
+# paper calls it the United Kingdom's value; it is what carbontracker took in its releases of the
+# time where it found no other: the average of the EU-28 in 2017, 294.2060978.
+GRAMS_CO2_PER_KWH = 294.21
 # Columns of `results` and their types.
 RESULTS: dict[str, str] = {
     "method": "str", "task_set": "str", "seed": "int64", "groups": "str", "total": "float64",

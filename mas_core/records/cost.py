@@ -16,10 +16,6 @@ from time import perf_counter, process_time
 
 import torch
 
-# The ratio of the paper's own columns (supplement Tables 3 to 5), so that the figures compare. The
-# paper calls it the United Kingdom's value; it is what carbontracker took in its releases of the
-# time where it found no other: the average of the EU-28 in 2017, 294.2060978.
-GRAMS_CO2_PER_KWH = 294.21
 JOULES_PER_KWH = 3.6e6
 THREAD_WATTS = 10.0  # guess for one busy core of a data-centre CPU with its share of the rest
 GPU_WATTS = 300.0  # guess: the power limit of a Tesla V100, the paper's GPU

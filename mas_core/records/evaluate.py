@@ -54,8 +54,8 @@ def constant_losses(
     constants = {a: _constant(table[a], torch.cat(values)) for a, values in sample.items()}
     total, images = torch.zeros(len(tasks), device=device), 0
     for batch in data.evaluation("test", tasks, 64, device):
-        sides = {a: batch.targets[a].shape[-2:] for a in tasks}  # 1, 1: one label an image
-        same = {a: c.view(1, -1, 1, 1) for a, c in constants.items()}
+        sides = {a: batch.targets[a].shape[1 if batch.table[a].classes else 2 :] for a in tasks}
+        same = {a: c.view(1, -1, *[1] * len(sides[a])) for a, c in constants.items()}
         outputs = {a: same[a].expand(len(batch), -1, *sides[a]) for a in tasks}
         total += task_losses(outputs, batch) * len(batch)
         images += len(batch)
@@ -67,8 +67,8 @@ def _valid_values(task: Task, batch: Batch) -> Tensor:
     target = batch.targets[task.letter]
     if task.classes:
         return target[target > 0]
-    pixels = target.permute(0, 2, 3, 1)
-    return pixels[batch.mask[:, 0] > 0] if task.masked else pixels.flatten(0, 2)
+    pixels = target.movedim(1, -1)
+    return pixels[batch.mask[:, 0] > 0] if task.masked else pixels.flatten(0, -2)
 
 
 def _constant(task: Task, values: Tensor) -> Tensor:

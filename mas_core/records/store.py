@@ -92,7 +92,7 @@ class Store:
                 parent = self.trajectory(values["parent"]) if values["parent"] else None
             parts = {"data": data, "model": model, "fl": fl, "parent": parent}
             trajectory = Trajectory(**values | parts)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, UserError) as error:
             raise UserError(f"{path} is no configuration of a trajectory: {error}") from None
         if trajectory.id != id_:
             raise UserError(f"{path} does not match its id: it describes {trajectory.id}; "

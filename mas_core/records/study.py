@@ -28,6 +28,8 @@ class Study:
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, self._table)
+        if type(self.seed) is not int:
+            raise UserError(f"seed={self.seed!r}; allowed: a whole number")
         fl, allowed = self.settings.fl, rule_of(self.settings.fl).options
         given = [name for name, _ in fl.options]
         for name in [n for n in given if n not in allowed or given.count(n) > 1]:
@@ -67,13 +69,11 @@ class Study:
         return replace(self, settings=replace(self.settings, fl=fl))
 
     def from_scratch(self, group: str) -> Trajectory:
-        """The tasks of `group` trained from the seed's initial weights."""
         study = self if sorted(group) == sorted(self.tasks) else self.unmeasured()
         tasks = sort_tasks(group, self._table)
         return self.store.served_by(replace(study.all_in_one(), tasks=tasks))
 
     def from_all_in_one(self, group: str) -> Trajectory:
-        """The tasks of `group` continued from the all-in-one weights of round R0."""
         start = self.split_round
         return replace(
             self.unmeasured().all_in_one(),
@@ -84,7 +84,6 @@ class Study:
         )
 
     def again(self, group: str) -> Trajectory:
-        """The tasks of `group` from scratch, their learning-rate schedule restarted at R0."""
         alone = replace(self.unmeasured().all_in_one(), tasks=sort_tasks(group, self._table))
         start = self.split_round
         return replace(alone, parent=alone, start_round=start, lr_from=start)

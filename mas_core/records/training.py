@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -209,6 +210,8 @@ def start_state(
 ) -> State:  # fmt: skip
     """The state a trajectory starts from: initial weights, or its parent's at the start round."""
     device, own = next(net.parameters()).device, rule_of(trajectory.fl).start(net, trajectory.fl)
+    if named := sorted(name for name in own if name.startswith(("encoder.", "decoders."))):
+        raise UserError(f"{trajectory.fl.method}: own state {named[0]} is named like a weight")
     if trajectory.parent is None:
         return {name: tensor.clone() for name, tensor in net.state_dict().items()} | own
     parent, begin = trajectory.parent, trajectory.start_round
@@ -257,7 +260,10 @@ def _result(run: _Run, store: Store) -> dict[str, Any]:
     trajectory, net, data, device = run.trajectory, run.net, run.data, run.meter.device
 
     def test(client: int | None = None, measure: Callable = task_losses) -> dict[str, float]:
-        return evaluate(net, data.evaluation("test", net.tasks, 64, device, client), measure)
+        found = evaluate(net, data.evaluation("test", net.tasks, 64, device, client), measure)
+        if lost := [a for a, x in found.items() if measure is task_losses and not math.isfinite(x)]:
+            raise UserError(f"test loss of task {lost[0]} is {found[lost[0]]}: look at its labels")
+        return found
 
     _load_for_test(run, run.state)
     last = test()
