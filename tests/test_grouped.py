@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import in_doubles
 from torch import nn
 
 from mas_core.config import FL, PRESETS, Model
@@ -16,7 +17,7 @@ from mas_core.models import build
 from mas_core.records.store import Store
 from mas_core.records.training import build as build_net
 from mas_core.records.training import train
-from mas_core.tasks import TASKS, Batch, TaskTable
+from mas_core.tasks import TASKS, TaskTable
 
 FOUR = FL(batch_size=4, affinity_every=2, arithmetic="grouped")
 
@@ -38,18 +39,6 @@ def equal(a, b):
     if found.affinity is not None and wanted.affinity is not None:
         same.append(torch.equal(found.affinity.nan_to_num(), wanted.affinity.nan_to_num()))
     return all(same)
-
-
-@pytest.fixture
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def in_doubles(b):
-    targets = {a: t.double() if t.is_floating_point() else t for a, t in b.targets.items()}
-    return Batch(b.image.double(), b.mask.double(), targets, b.table)
 
 
 @pytest.mark.parametrize("tasks, size", [
