@@ -10,16 +10,16 @@ from conftest import in_doubles
 
 from mas.paper import subsets
 from mas.paper.experiments import RIVALS
-from mas.rivals.cagrad import conflict_averse
+from mas.rivals.cagrad import CAGrad, conflict_averse
 from mas.rivals.famo import FAMO, W
 from mas.rivals.fedem import FedEM, image_losses, responsibilities
-from mas.rivals.pcgrad import projected
+from mas.rivals.pcgrad import ROUND, PCGrad, projected
 from mas.rivals.selective import affinity_propagation, grouped, tracked
-from mas_core.config import FL, override
+from mas_core.config import FL, override, stream
 from mas_core.fedavg import rule_of
 from mas_core.federated import run_round
 from mas_core.local import local_update
-from mas_core.models import MultiTaskNet, build
+from mas_core.models import MultiTaskNet, build, forward_tasks
 from mas_core.records.store import Store
 from mas_core.records.training import train
 from mas_core.tasks import task_losses
@@ -137,6 +137,33 @@ def test_gradients_in_agreement_are_those_of_all_in_one(batch, method):
     local_update(plain, [batch("d")], PLAIN, 0.01)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_pcgrad_draws_its_orders_from_the_rounds_stream():
+    J, rng = gradients(5, 1), stream(0, "pcgrad", 3)
+    rule = PCGrad(MultiTaskNet("d", "tiny", 4), PLAIN, {ROUND: torch.tensor(3)})
+    for _ in range(2):  # from batch to batch it goes on
+        expected = projected(J @ J.T, [rng.permutation(5) for _ in range(5)])
+        assert rule.weights(J @ J.T).tolist() == expected.tolist()
+    fixed = projected(J @ J.T, [np.arange(5)] * 5)
+    assert np.abs(expected - fixed).max() > 1e-3
+
+
+def test_each_weight_is_that_of_its_own_tasks_gradient(batch):
+    """Weights (2, -1/2): the encoder's gradient is 2 g_d - g_k / 2, from backward passes apart."""
+
+    class Fixed(CAGrad):
+        def weights(self, G):
+            return np.array([2.0, -0.5])
+
+    net, made = MultiTaskNet("dk", "tiny", 4).train(), batch("dk")
+    forward = forward_tasks(net, made)
+    Fixed(net, PLAIN, {}).encoder_backward(forward, forward.backward_decoders())
+    parameters, losses = list(net.encoder.parameters()), task_losses(net(made.image), made)
+    g_d, g_k = (torch.autograd.grad(x, parameters, retain_graph=True) for x in losses)
+    for p, d, k in zip(parameters, g_d, g_k, strict=True):
+        torch.testing.assert_close(p.grad, 2 * d - k / 2, rtol=1e-3, atol=1e-4)
+    assert max(float((d - k).abs().max()) for d, k in zip(g_d, g_k)) > 0.1
 
 
 # --- Selective Task Group Updates -----------------------------------------------------------------
