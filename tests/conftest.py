@@ -12,7 +12,7 @@ from mas_core.data.clients import open_data
 from mas_core.data.taskonomy import prepare
 from mas_core.records.store import Store
 from mas_core.records.trajectory import Trajectory
-from mas_core.tasks import DOMAINS, NUM_CLASSES, TASKS, decode_batch, domains_of
+from mas_core.tasks import DOMAINS, NUM_CLASSES, TASKS, Batch, decode_batch, domains_of
 
 SIZE = 16  # pixels
 POINTS = {"attic": 5, "barn": 7, "cellar": 9, "den": 11}  # two views a point: 6 to 18 to train on
@@ -109,3 +109,17 @@ def batch():
         return decode_batch(raw, letters, torch.arange(images) % 4 == 1)
 
     return make
+
+
+@pytest.fixture
+def doubles():
+    """Made in float64, where rounding decides nothing; for networks use `.double()` as well."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def in_doubles(b):
+    """A batch in float64."""
+    targets = {a: t.double() if t.is_floating_point() else t for a, t in b.targets.items()}
+    return Batch(b.image.double(), b.mask.double(), targets, b.table)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mas_core.affinity import (
+    cosine_affinity,
     encoder_gradients,
     first_order_affinity,
     frozen_statistics,
@@ -72,6 +73,15 @@ def test_row_updates_and_column_receives(net, batch):
             p.sub_(LR * g)
         after = losses_of(net, made)
     torch.testing.assert_close(S[3], 1 - after / before.detach(), rtol=0, atol=3e-6)
+
+
+def test_a_task_without_labels_in_a_batch_has_no_affinity(net, batch):
+    """Its loss is 0 before and after any step, and its own step moves nothing: 0, not NaN."""
+    made = batch("sdnkt")
+    made.targets["s"].zero_()
+    S = lookahead_affinity(net, made, LR)
+    assert S[:, 0].tolist() == S[0].tolist() == [0.0] * 5
+    assert S.isfinite().all() and (S[1:, 1:] != 0).all()
 
 
 def test_without_the_diagonal_the_rest_is_equal(net, batch):
@@ -207,6 +217,16 @@ def test_first_order_affinity_by_hand():
     torch.testing.assert_close(first_order_affinity(losses, gradients, 0.1), expected)
     unlabelled = first_order_affinity(torch.tensor([2.0, 0.0]), gradients, 0.1)
     torch.testing.assert_close(unlabelled, expected * torch.tensor([1.0, 0.0]))
+
+
+def test_cosine_affinity_by_hand():
+    """g = (1, 0, 2), (3, 5, -1): inner products 5, 1, 35, so cos = 1 / sqrt(5 x 35)."""
+    gradients = [
+        [torch.tensor([[1.0, 0.0]]), torch.tensor([2.0])],
+        [torch.tensor([[3.0, 5.0]]), torch.tensor([-1.0])],
+    ]
+    S, cos = cosine_affinity(torch.tensor([2.0, 4.0]), gradients, 0.1), 175**-0.5
+    torch.testing.assert_close(S, torch.tensor([[1.0, cos], [cos, 1.0]]))
 
 
 def test_representation_affinity_by_hand():

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -203,6 +204,31 @@ def test_a_round_leaves_the_callers_generator_alone(trajectory, opened):
     before, net = torch.get_rng_state(), build(trajectory)
     run_round(net, dict(net.state_dict()), trajectory, 0, opened)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batches_come_from_the_seeds_stream_whatever_the_tasks(trajectory, settings):
+    """The order that client 3 draws in round 1 for five images, in each of two epochs."""
+    orders = SimpleNamespace(epoch=lambda k, letters, B, rng, device: [rng.permutation(5).tolist()])
+    fl = replace(settings.fl, local_epochs=2)
+    for tasks in ("dk", "sn"):
+        t = replace(trajectory, tasks=tasks, fl=fl)
+        drawn = list(client_batches(t, orders, 3, 1, torch.device("cpu")))
+        assert drawn == [[4, 0, 2, 1, 3], [4, 0, 3, 2, 1]]
+
+
+def test_dropout_differs_by_seed_client_and_round(trajectory, opened, settings, monkeypatch):
+    real, draws = federated.local_update, []
+
+    def drawing(*arguments):
+        draws.append(torch.rand(()).item())
+        return real(*arguments)
+
+    monkeypatch.setattr(federated, "local_update", drawing)
+    t = replace(trajectory, fl=replace(settings.fl, measure_rounds=0, clients=(0, 1)))
+    for each, round_ in ((t, 0), (t, 1), (replace(t, seed=1), 0), (t, 0)):
+        net = build(t)
+        run_round(net, start_state(t, net, None, None), each, round_, opened)
+    assert len(set(draws[:6])) == 6 and draws[6:] == draws[:2]
 
 
 def test_affinities_are_measured_in_the_first_rounds_by_fedavg_alone(trajectory, opened, settings):

@@ -8,7 +8,7 @@ import torch
 
 from mas.rivals.gradnorm import INITIAL, WEIGHTS, GradNorm
 from mas_core.affinity import lookahead_affinity
-from mas_core.config import FL
+from mas_core.config import FL, MEASURES
 from mas_core.local import local_update
 from mas_core.models import MultiTaskNet
 from mas_core.tasks import task_losses
@@ -112,9 +112,10 @@ def test_encoder_gradient_over_the_root_of_the_number_of_tasks(batches):
 
 @pytest.mark.parametrize("scale", ["none", "sqrt"])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_training_is_bit_identical_with_and_without_measuring(batches, scale, channels_last):
+@pytest.mark.parametrize("kind", MEASURES)
+def test_training_is_bit_identical_with_and_without_measuring(batches, scale, channels_last, kind):
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    fl = replace(PLAIN, encoder_grad_scale=scale, affinity_every=1)
+    fl = replace(PLAIN, encoder_grad_scale=scale, affinity_every=1, affinity=kind)
     measured, plain = (fresh().to(memory_format=layout) for _ in range(2))
     rng = torch.get_rng_state()
     first = local_update(measured, batches, fl, LR, measure=True)
@@ -218,18 +219,19 @@ def test_gradnorm_leaves_out_tasks_without_labels():
 
 
 def test_gradnorm_step_by_hand():
-    """n = 2, alpha = 1: r = (1/2, 1) / (3/4) = (2/3, 4/3); G = (5, 1), mean 3, targets 2 and 4.
+    """n = 2, alpha = 1: r = (1/2, 1) / (3/4) = (2/3, 4/3); G = (1.2, 2), mean 1.6.
 
-    Task 0 is above its target: slope +5/1; task 1 below: slope -1/1. With step 0.02 the weights
-    become 0.9 and 1.02, then times 2 / 1.92.
+    The targets are 1.07 and 2.13. Task 0 is above its own: slope +1.2/1; task 1 below: slope -2/1.
+    (Both were above 0.8 and 1.6.) With step 0.02 the weights become 0.976 and 1.04, then times
+    2 / 2.016.
     """
     fl = FL(method="gradnorm", gradnorm_alpha=1.0, gradnorm_lr=0.02)
     sent = {WEIGHTS: torch.ones(2), INITIAL: torch.tensor([4.0, 1.0])}
-    at_features = [torch.tensor([3.0, 4.0]), torch.tensor([0.0, -1.0])]
+    at_features = [torch.tensor([0.72, 0.96]), torch.tensor([0.0, -2.0])]
     rule = GradNorm(fresh(), fl, sent)
     rule.after(None, torch.tensor([2.0, 1.0]), at_features)
     back = rule.travelling()
-    torch.testing.assert_close(back[WEIGHTS], torch.tensor([0.9, 1.02]) * (2 / 1.92))
+    torch.testing.assert_close(back[WEIGHTS], torch.tensor([0.976, 1.04]) * (2 / 2.016))
     assert torch.equal(back[INITIAL], torch.tensor([4.0, 1.0]))
 
 

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mas import engine
+from mas.paper.experiments import first_rounds
 from mas_core import federated
 from mas_core.config import Choice, Settings, Tag, UserError, stream
 from mas_core.methods import (
@@ -352,6 +353,57 @@ def test_more_measurements_on_record_serve_a_trajectory_that_needs_none(study):
     assert study.unmeasured(local_epochs=3).from_scratch(FIVE) != study.all_in_one()
     branch = study.from_all_in_one(FIVE)
     assert branch.parent == study.all_in_one() and branch.fl.measure_rounds == 0
+
+
+def test_a_record_with_fewer_or_other_measurements_serves_nothing_more(study):
+    """On record: two rounds, every second batch."""
+    fl, store = replace(study.settings.fl, measure_rounds=2, affinity_every=2), study.store
+    recorded = replace(study.all_in_one(), fl=fl)
+    make_record(store, Need(recorded, 4))
+    for rounds, every, served in ((1, 2, True), (0, 3, True), (3, 2, False), (1, 3, False)):
+        t = replace(recorded, fl=replace(fl, measure_rounds=rounds, affinity_every=every))
+        assert store.served_by(t) == (recorded if served else t)
+
+
+def test_the_last_rounds_losses_choose_between_the_last_models(study):
+    """Task d is in two groups: sd had the lower loss in the best round, dn has it in the last."""
+    study, losses = replace(study, tasks="sdn"), {"sd": ("1", "2"), "dn": ("2", "1")}
+    sd, dn = trained = [study.from_scratch(group) for group in losses]
+    for t in trained:
+        make_record(study.store, Need(t, 4))
+        rows = study.store.read_rows(t, "rounds.csv", 4)
+        rows[2]["val_d"], rows[3]["val_d"] = losses[t.tasks]
+        study.store.write_rows(t, "rounds.csv", rows)
+    result = study.result("two", list(losses), trained, [])
+    assert result.losses["d"] == study.store.result(sd)["test_best"]["d"]
+    assert result.losses_last["d"] == study.store.result(dn)["test_last"]["d"]
+
+
+def test_mas_1_pays_for_the_rounds_before_the_restart_and_after(study):
+    study = with_mas(study, lr_schedule="restart")
+    trunk, branch = study.all_in_one(), study.from_all_in_one(FIVE)
+    make_record(study.store, Need(trunk, 2))
+    result, asked = drive(lambda s: restarted(s, [FIVE], "MAS-1"), study)
+    assert asked == [[Need(branch, 4)]] and branch.lr_from == 2
+    assert_cost(result.cost, [(rows_of(study, trunk, 0, 2), 0), (rows_of(study, branch, 2, 4), 0)])
+
+
+def test_groups_restarted_pay_for_their_own_first_rounds(study):
+    for group in ("sd", "nkt"):
+        make_record(study.store, Need(study.again(group).parent, 2))
+    result, _ = drive(lambda s: restarted(s, ["sd", "nkt"], "restarted"), study)
+    counted = []
+    for group in ("sd", "nkt"):
+        branch = study.again(group)
+        assert (branch.start_round, branch.lr_from) == (2, 2)
+        counted += [(rows_of(study, branch.parent, 0, 2), 0), (rows_of(study, branch, 2, 4), 0)]
+    assert_cost(result.cost, counted)
+
+
+def test_the_first_rounds_are_those_whose_affinities_a_split_reads(study):
+    assert next(first_rounds(study)) == [Need(study.all_in_one(), 2)]
+    longer = with_mas(study, affinity_rounds=3)
+    assert next(first_rounds(longer)) == [Need(longer.all_in_one(), 3)]
 
 
 def test_too_few_affinities_are_refused_before_anything_is_trained(study):

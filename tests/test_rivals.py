@@ -6,17 +6,20 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from conftest import in_doubles
 
 from mas.paper import subsets
 from mas.paper.experiments import RIVALS
-from mas.rivals.cagrad import conflict_averse
+from mas.rivals.cagrad import CAGrad, conflict_averse
 from mas.rivals.famo import FAMO, W
 from mas.rivals.fedem import FedEM, image_losses, responsibilities
-from mas.rivals.pcgrad import projected
+from mas.rivals.pcgrad import ROUND, PCGrad, projected
 from mas.rivals.selective import affinity_propagation, grouped, tracked
-from mas_core.config import FL, override
+from mas_core.config import FL, override, stream
+from mas_core.fedavg import rule_of
+from mas_core.federated import run_round
 from mas_core.local import local_update
-from mas_core.models import MultiTaskNet, build
+from mas_core.models import MultiTaskNet, build, forward_tasks
 from mas_core.records.store import Store
 from mas_core.records.training import train
 from mas_core.tasks import task_losses
@@ -157,6 +160,33 @@ def test_gradients_in_agreement_are_those_of_all_in_one(batch, method):
         torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-5, atol=1e-7)
 
 
+def test_pcgrad_draws_its_orders_from_the_rounds_stream():
+    J, rng = gradients(5, 1), stream(0, "pcgrad", 3)
+    rule = PCGrad(MultiTaskNet("d", "tiny", 4), PLAIN, {ROUND: torch.tensor(3)})
+    for _ in range(2):  # from batch to batch it goes on
+        expected = projected(J @ J.T, [rng.permutation(5) for _ in range(5)])
+        assert rule.weights(J @ J.T).tolist() == expected.tolist()
+    fixed = projected(J @ J.T, [np.arange(5)] * 5)
+    assert np.abs(expected - fixed).max() > 1e-3
+
+
+def test_each_weight_is_that_of_its_own_tasks_gradient(batch):
+    """Weights (2, -1/2): the encoder's gradient is 2 g_d - g_k / 2, from backward passes apart."""
+
+    class Fixed(CAGrad):
+        def weights(self, G):
+            return np.array([2.0, -0.5])
+
+    net, made = MultiTaskNet("dk", "tiny", 4).train(), batch("dk")
+    forward = forward_tasks(net, made)
+    Fixed(net, PLAIN, {}).encoder_backward(forward, forward.backward_decoders())
+    parameters, losses = list(net.encoder.parameters()), task_losses(net(made.image), made)
+    g_d, g_k = (torch.autograd.grad(x, parameters, retain_graph=True) for x in losses)
+    for p, d, k in zip(parameters, g_d, g_k, strict=True):
+        torch.testing.assert_close(p.grad, 2 * d - k / 2, rtol=1e-3, atol=1e-4)
+    assert max(float((d - k).abs().max()) for d, k in zip(g_d, g_k)) > 0.1
+
+
 # --- Selective Task Group Updates -----------------------------------------------------------------
 
 
@@ -253,6 +283,57 @@ def test_two_learners_mix_and_learn(settings, batch):
 
 
 # --- All of them ----------------------------------------------------------------------------------
+
+
+class Doubles:
+    """A source of clients whose training batches are in float64."""
+
+    def __init__(self, source):
+        self.names, self.count, self.source = source.names, source.count, source
+
+    def epoch(self, *arguments):
+        return map(in_doubles, self.source.epoch(*arguments))
+
+
+# In the second round: training losses of s, d and k, and how far all weights have moved together.
+SECOND_ROUND = {
+    "fedavg": (2.91459, 0.786864, 12.6275, 4.90961),
+    "fedprox": (2.91418, 0.787048, 12.6276, 4.92208),
+    "gradnorm": (2.91445, 0.78697, 12.6275, 4.90681),
+    "famo": (2.91384, 0.776947, 12.6585, 6.20765),
+    "cagrad": (2.91478, 0.784424, 12.6272, 5.99276),
+    "pcgrad": (2.91339, 0.788325, 12.6282, 5.1986),
+    "selective": (2.91592, 0.780574, 12.6014, 8.31845),
+    "fedem": (2.91688, 0.766407, 12.6753, 10.5709),
+    "two_widths": (2.91277, 0.791177, 12.6292, 5.06285),
+    "label_holders": (2.91459, 0.786864, 12.6275, 4.90961),  # every label: FedAvg
+    "update_selection": (2.91248, 0.787918, 12.6299, 5.8378),
+}
+NEEDED = {"fedprox": {"prox_mu": 0.5}, "gradnorm": {"gradnorm_alpha": 1.5, "gradnorm_lr": 0.1}}
+
+
+@pytest.mark.parametrize("method", SECOND_ROUND)
+def test_two_rounds_give_the_numbers_that_they_gave(
+    method, trajectory, opened, doubles, monkeypatch
+):
+    """Not worked out but kept: a change of any draw, weight or step shows.
+
+    In float64, losses as well: in float32 rounding decides on which side of a kink a pixel falls.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    fl = replace(trajectory.fl, method=method, lr=0.01, measure_rounds=0, **NEEDED.get(method, {}))
+    size = "mas.rivals.fedem:tiny" if method == "fedem" else "tiny"
+    t = replace(trajectory, tasks="sdk", fl=fl, model=replace(trajectory.model, size=size))
+    torch.set_default_dtype(torch.float32)
+    net = build("sdk", t.model).double()  # initial weights as float32 draws them
+    torch.set_default_dtype(torch.float64)
+    first = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state = first | rule_of(fl).start(net, fl)
+    for round_ in range(2):
+        state, row = run_round(net, state, t, round_, Doubles(opened))
+    weights = [name for name, _ in net.named_parameters()]
+    moved = sum((state[name] - first[name]).abs().sum().item() for name in weights)
+    assert (*row.losses, moved) == pytest.approx(SECOND_ROUND[method], rel=1e-4)
 
 
 @pytest.mark.parametrize("method", RIVALS.values())

@@ -324,6 +324,12 @@ def test_tag_fewest_then_smallest_groups():
     assert found == split.OverlappingSplit(((0, 1), (1, 2, 3)), (0, 1, 1, 1), 4.0)
 
 
+def test_tag_takes_the_smallest_of_the_groups_that_give_the_same():
+    """Around {1, 2}, (1, 2) gives 2 + 0 and (0, 1, 2), which is before it, (0 + 0) / 2 + 4 / 2."""
+    S = np.array([[2, 0, 2, 2], [1, -1, 2, -1], [1, 0, 2, -1], [2, -1, 1, 1]])
+    assert split.tag_groups(S, 2).groups == ((0, 3), (1, 2))
+
+
 @pytest.mark.parametrize("n", range(1, 6))
 def test_tag_agrees_with_brute_force(n):
     rng = np.random.default_rng(n)

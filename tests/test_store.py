@@ -124,6 +124,27 @@ def test_rows_whose_checkpoints_are_not_at_hand_stay(trajectory, folder, store, 
     assert rows.startswith(next(b for p, b in before.items() if p.name == "rounds.csv"))
 
 
+def test_rows_ahead_of_the_checkpoints_do_not_say_which_round_is_best(
+    trajectory, folder, half, whole
+):
+    """All rounds are on record, none of their states: the best one must be kept again."""
+    shutil.rmtree(half.folder(trajectory) / "checkpoints")
+    train(trajectory, 4, half, folder)
+    assert_as_whole(half, trajectory, whole)
+
+
+def test_rounds_on_record_keep_their_machine_when_they_are_trained_again(trajectory, folder, store):
+    """Three rounds of another machine, whose states are not at hand: this one adds the fourth."""
+    train(trajectory, 3, store, folder)
+    path = store.folder(trajectory) / "machines.json"
+    path.write_text('[{"from_round": 0, "device": "another"}]')
+    shutil.rmtree(store.folder(trajectory) / "checkpoints")
+    train(trajectory, 4, store, folder)
+    found = [(m["from_round"], m["device"]) for m in store.machines(trajectory)]
+    assert found == [(0, "another"), (3, store.result(trajectory)["device"])]
+    assert store.result(trajectory)["devices"] == sorted({device for _, device in found})
+
+
 def test_a_lock_leaves_what_others_are_writing(trajectory, store):
     store.folder(trajectory).mkdir(parents=True)
     mine, old = (store.folder(trajectory) / f"{name}.part" for name in "ab")
