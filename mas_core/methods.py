@@ -198,12 +198,12 @@ def every_partition(study: Study, splits: int, initialised: bool) -> Generator:
 def restarted(study: Study, groups: Sequence[str], name: str) -> Recipe:
     """Groups trained from scratch whose schedule restarts at R0: the control of MAS's restart.
 
-    Every group's network starts its learning rate anew after R0 rounds, as MAS's do after the
-    split, without having been merged or split. All tasks in one group: MAS-1, which goes on as
-    MAS's groups do: all-in-one, where `mas.lr_schedule` is "continue".
+    Every group's network starts its learning rate anew after R0 rounds, as MAS's do. All tasks in
+    one group: MAS-1, which is all-in-one where `mas.lr_schedule` is "continue".
     """
     whole = sorted(study.tasks)
     branches = [study.from_all_in_one(g) if sorted(g) == whole else study.again(g) for g in groups]
+    yield [Need(t.parent, t.start_round) for t in branches]
     yield [Need(t, study.rounds) for t in branches]
     parts = [Part(t.parent, 0, t.start_round) for t in branches]
     parts += [Part(t, t.start_round, study.rounds) for t in branches]

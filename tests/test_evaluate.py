@@ -1,13 +1,15 @@
 """Held-out losses and the best constant's, against plain sums over images and pixels."""
 
 import copy
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from mas_core.models import MultiTaskNet
 from mas_core.records.evaluate import constant_losses, evaluate
-from mas_core.tasks import task_losses
+from mas_core.tasks import Batch, Task, TaskTable, cross_entropy, task_losses
 
 CPU = torch.device("cpu")
 LETTERS = "sdnkterca"
@@ -118,6 +120,19 @@ def test_the_best_constant_for_classes_is_their_frequency(opened):
     assert constant_losses(opened, "s", CPU)["s"] == pytest.approx(expected, abs=5e-3)
     uniform = constant_by_hand(opened, "s", torch.zeros(18), "test")
     assert constant_losses(opened, "s", CPU)["s"] < uniform
+
+
+def test_constants_of_targets_of_any_rank():
+    """A vector a sample and a class a sample: medians by channel, class frequencies."""
+    x = np.array([[1.0, 5.0], [2.0, 6.0], [9.0, 7.0]], dtype=np.float32)
+    values, classes = torch.from_numpy(x), torch.tensor([1, 1, 2])
+    table = TaskTable(Task("v", "", "", "uint8", 2, loss=lambda o, t, m: (o - t).abs().mean()),
+                      Task("c", "", "", "uint8", 3, loss=cross_entropy, classes=True))  # fmt: skip
+    batch = Batch(torch.zeros(3, 4), torch.ones(3, 1), {"v": values, "c": classes}, table)
+    data = SimpleNamespace(names=["a"], evaluation=lambda *given: [batch])
+    found = constant_losses(data, "vc", CPU)
+    assert found["v"] == pytest.approx(np.abs(x - [2.0, 6.0]).mean())
+    assert found["c"] == pytest.approx(-(2 * np.log(2 / 4) + np.log(1 / 4)) / 3, rel=1e-5)
 
 
 def test_constants_of_all_tasks_together_and_from_a_sample(opened):

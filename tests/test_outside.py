@@ -25,7 +25,7 @@ import torch
 from mas_core.data.clients import open_data
 from mas_core.models import MultiTaskNet
 from mas_core.fedavg import FedAvg, weighted_mean
-from mas_core.tasks import Task, TaskTable, cross_entropy, l1
+from mas_core.tasks import Batch, Task, TaskTable, cross_entropy, l1
 
 
 class Weighted(FedAvg):
@@ -81,7 +81,9 @@ def frozen(letters, model, seed, table):
 
 def fewer_channels(letters, model, seed, table):
     small = TaskTable(*(replace(task, channels=2) for task in table.values()))
-    return MultiTaskNet(letters, "tiny", model.output_stride, seed, small)
+    net = MultiTaskNet(letters, "tiny", model.output_stride, seed, small)
+    net.table = table
+    return net
 
 
 def beside(letters, model, seed, table):
@@ -92,6 +94,24 @@ def beside(letters, model, seed, table):
 
 def no_network(letters, model, seed, table):
     pass
+
+
+class Late(FedAvg):
+    """Its server has all clients at once, as a median would."""
+
+    @classmethod
+    def average(cls, states):
+        states = list(states)
+        name = max(n for n in states[0][0] if n.startswith("decoders.s."))
+        a, b = (state[name] for state, _ in states)
+        assert not torch.equal(a, b)
+        return weighted_mean(states)
+
+
+class LikeAWeight(FedAvg):
+    @classmethod
+    def start(cls, net, fl):
+        return {"encoder.mine": torch.zeros(())}
 
 
 def no_matrix(losses, gradients, lr):
@@ -110,6 +130,24 @@ NEGATIVE, NAN = (TaskTable(*(Task(a, "", "rgb", "uint8x3", 3, loss=loss) for a i
                  for loss in (less, undefined))
 number = 1
 opened = []
+
+
+class WithoutTable:
+    """Rooms whose batches forget the own table."""
+
+    def __init__(self, rooms):
+        self.rooms = rooms
+
+    def __getattr__(self, name):
+        return getattr(self.rooms, name)
+
+    def epoch(self, *given):
+        for batch in self.rooms.epoch(*given):
+            yield Batch(batch.image, batch.mask, batch.targets)
+
+
+def forgetful(data, folder, letters):
+    return WithoutTable(open_data(data, folder, letters))
 
 
 def source(data, folder, letters):
@@ -231,6 +269,7 @@ WRONG = {
     "fl.method=my_study:narrow": "'my_study:narrow' is <function narrow.*, no type",
     "fl.method=my_study:TaskTable": "TaskTable.* no subclass of fedavg.FedAvg",
     "data.tasks=my_study:number": "'my_study:number' is 1, no TaskTable",
+    "fl.method=my_study:LikeAWeight": "own state encoder.mine is named like a weight",
 }
 
 
@@ -250,6 +289,31 @@ def test_losses_below_zero_and_undefined_ones_are_refused(outside, settings, fol
         first_round("NEGATIVE")
     with pytest.raises(TrainingDiverged, match="'x' is nan .* before any step; look at its labels"):
         first_round("NAN")
+
+
+def test_an_average_that_collects_its_clients_gets_each_ones_weights(
+    outside, settings, folder, store
+):
+    def losses(method):
+        t = Study("sd", override(settings, {"fl.method": method}), 0, store).all_in_one()
+        train(t, 2, store, folder)
+        return rows(store, t)[["train_s", "train_d"]]
+
+    assert losses("my_study:Late").equals(losses("fedavg"))
+
+
+def test_batches_of_the_packages_table_are_refused_where_there_is_another(
+    outside, settings, folder, store
+):
+    changed = {"data.tasks": "my_study:NEGATIVE", "data.source": "my_study:forgetful"}
+    with pytest.raises(UserError, match="batches have the package's table of tasks"):
+        train(Study("xy", override(settings, changed), 0, store).all_in_one(), 1, store, folder)
+
+
+@pytest.mark.parametrize("seed", ["0", 0.5, True])
+def test_a_seed_is_a_whole_number(settings, store, seed):
+    with pytest.raises(UserError, match="allowed: a whole number"):
+        Study("sd", settings, seed, store)
 
 
 def test_weights_beside_encoder_and_decoders_cannot_be_split(outside, settings, folder, store):
