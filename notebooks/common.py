@@ -470,7 +470,7 @@ def label_points(ax, points, sides=(1, -1, 0), bars=()):
                   (px - 4 * size, px + 4 * size, low - 2 * size, high + 2 * size)]
     frame = ax.get_window_extent().extents[[0, 2, 1, 3]]
     for i, ((x, y, name, c), (px, py)) in enumerate(zip(points, where)):
-        w, h, best = 6.2 * size * len(name), 11 * size, None
+        w, h, best = 6.6 * size * len(name), 12 * size, None
         for far in (9, 20, 32, 45):
             for dx, dy in directions:
                 cx, cy = px + dx * (far * size + w / 2), py + dy * (far * size + h / 3)
@@ -481,7 +481,7 @@ def label_points(ax, points, sides=(1, -1, 0), bars=()):
                 gaps = [np.hypot(max(box[0] - x, 0, x - box[1]), max(box[2] - y, 0, y - box[3]))
                         for x, y in where]
                 astray = gaps[i] - min(gaps)  # how much nearer another point lies
-                worse = over + 50 * out + far * size + 100 * astray
+                worse = 4 * over + 50 * out + far * size + 100 * astray
                 best = (worse, cx, cy, box) if best is None or worse < best[0] else best
         _, cx, cy, box = best
         taken.append(box)
