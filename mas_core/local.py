@@ -70,7 +70,7 @@ def local_update(
     if first is None:
         raise ValueError("a client has no training images")
     if first.table is TASKS and any(net.table[a] != TASKS.get(a) for a in net.tasks):
-        raise UserError("batches have the package's table of tasks: Batch(..., your table)")
+        raise UserError("batches have the package's table of tasks; Batch takes yours as its last")
     rule = rule_of(fl)(net, fl, state or {})
     net = rule.network(client).train()
     captured = capture and rule.captured and capture(net, first, fl, rule.scale, measure)

@@ -263,6 +263,19 @@ def test_a_choice_by_nothing_is_seldom_a_better_one():
     assert share([one() for _ in range(150)], HOLDS, FAILS) < most(150)
 
 
+def test_looking_as_records_come_and_rounds_that_depend_raise_the_level():
+    """What README says of looks at 3, 5 and 10 seeds, and `over_rounds` of dependent rounds."""
+    rng = np.random.default_rng(0)
+    effects = rng.normal(size=(4000, 10))
+    looks = [stats.ttest_1samp(effects[:, :n], 0, axis=1).pvalue <= 0.05 for n in (3, 5, 10)]
+    assert np.any(looks, axis=0).mean() == pytest.approx(0.125, abs=0.02)
+    rounds = rng.normal(size=(600, 30))
+    for t in range(1, 30):
+        rounds[:, t] += 0.6 * rounds[:, t - 1]
+    found = [verdicts.over_rounds({0: r[-10:]}, float) for r in rounds]
+    assert share(found, HOLDS, FAILS) == pytest.approx(0.2, abs=0.05)
+
+
 def test_times_of_one_run():
     assert verdicts.timed([2.0, 2.1, 1.9], 1.75).verdict == HOLDS
     assert verdicts.timed([2.0, 2.1, 1.9], 2.5).verdict == FAILS
