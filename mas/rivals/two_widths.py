@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from mas_core.models import MultiTaskNet, State, autocast, build
 
 HELD = "two_widths.held."  # + name: 1 for the entries that a client trained, 0 for the others
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# Of a wide network, by width: one that lasts, so that a step on it is captured once.
+NARROW: WeakKeyDictionary[MultiTaskNet, dict[float, MultiTaskNet]] = WeakKeyDictionary()
 
 
 class TwoWidths(FedAvg):
@@ -55,9 +58,11 @@ class TwoWidths(FedAvg):
         if client is None:
             raise UserError("fl.method=two_widths treats clients by their index; "
                             "hand `client` to local_update")  # fmt: skip
+        self.captured = True  # the step itself is FedAvg's; clients of one width share a graph
         self.wide, every = self.net, int(self.option(self.fl, "every"))
         if client % every == every - 1:
-            self.net = narrowed(self.wide, self.option(self.fl, "width"))
+            width, known = self.option(self.fl, "width"), NARROW.setdefault(self.wide, {})
+            known[width] = self.net = narrowed(self.wide, width, known.get(width))
         self.held = held(self.net, self.wide)
         self.unsent = sum(
             int((self.held[HELD + name] == 0).sum()) * tensor.element_size()
@@ -109,12 +114,18 @@ def corners(narrow: MultiTaskNet, wide: MultiTaskNet) -> Iterator[tuple[str, Ten
         yield name, tensor, corner(whole[name], tensor.shape)
 
 
-def narrowed(wide: MultiTaskNet, width: float) -> MultiTaskNet:
-    """A network of the same tasks whose encoder has `width` of the channels, weights copied."""
-    model = replace(wide.config, width=width * wide.config.width)
-    narrow = build(wide.tasks, model, table=wide.table)
-    device = next(wide.parameters()).device
-    narrow = narrow.to(device, memory_format=torch.channels_last)
+def narrowed(
+    wide: MultiTaskNet, width: float, narrow: MultiTaskNet | None = None
+) -> MultiTaskNet:
+    """A network of the same tasks whose encoder has `width` of the channels, weights copied.
+
+    narrow  such a network, to be filled anew; None: one is made
+    """
+    if narrow is None:
+        model = replace(wide.config, width=width * wide.config.width)
+        narrow = build(wide.tasks, model, table=wide.table)
+        device = next(wide.parameters()).device
+        narrow = narrow.to(device, memory_format=torch.channels_last)
     for _, own, part in corners(narrow, wide):
         own.copy_(part)
     return narrow
