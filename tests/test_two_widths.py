@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mas.paper.two_widths import two_widths
 from mas.rivals.two_widths import HELD, TwoWidths, corner, held, narrowed, overlap_mean
+from mas.run.cuda_graph import GraphedStep, run_eagerly
 from mas_core import models
 from mas_core.config import FL, Model, UserError, stream
 from mas_core.data.clients import open_data
@@ -193,6 +194,27 @@ def test_a_narrow_client_steps_like_a_network_that_was_narrow_all_along(batch):
     assert result.affinity.nan_to_num().equal(wanted.affinity.nan_to_num())
     for name, tensor in alone.named_parameters():
         assert corner(wide.state_dict()[name], tensor.shape).equal(tensor)
+
+
+def test_steps_of_both_widths_are_captured_once_and_train_the_same(trajectory, opened):
+    """Two rounds with a stand-in that runs captured steps eagerly, and two without."""
+    built = {}
+
+    def capture(net, batch, fl, scale, measure):
+        if (net, measure) not in built:
+            built[net, measure] = GraphedStep(net, batch, fl, scale, measure, run_eagerly)
+        return built[net, measure]
+
+    def two_rounds(capture):
+        t, net, state = start(trajectory, method="two_widths", clients=(0, 1))
+        for r in (0, 1):
+            state, made = run_round(net, state, t, r, opened, capture)
+        return state, made
+
+    (new, made), (plain, wanted) = two_rounds(capture), two_rounds(None)
+    assert sorted(net.config.width for net, _ in built) == [0.5, 1.0]
+    assert all(new[name].equal(plain[name]) for name in plain)
+    assert made.affinity.tobytes() == wanted.affinity.tobytes()
 
 
 def test_a_client_that_is_not_named_is_an_error(batch):

@@ -114,9 +114,7 @@ def corners(narrow: MultiTaskNet, wide: MultiTaskNet) -> Iterator[tuple[str, Ten
         yield name, tensor, corner(whole[name], tensor.shape)
 
 
-def narrowed(
-    wide: MultiTaskNet, width: float, narrow: MultiTaskNet | None = None
-) -> MultiTaskNet:
+def narrowed(wide: MultiTaskNet, width: float, narrow: MultiTaskNet | None = None) -> MultiTaskNet:
     """A network of the same tasks whose encoder has `width` of the channels, weights copied.
 
     narrow  such a network, to be filled anew; None: one is made
