@@ -85,6 +85,8 @@ TABLE: tuple[Evidence, ...] = (
     *_medium(3, 1),
     Evidence(x.controls, range(2), ("erckt",), "medium"),
     Evidence(x.figure_10, range(1), NINE),
+    *(Evidence(x.who_to_merge, range(2), overrides={"data.render_seed": r}) for r in range(1, 5)),
+    Evidence(x.who_to_merge, range(10)),
     Evidence(x.two_widths, range(5)),
     Evidence(x.few_labels, range(5)),
     Evidence(x.rivals, range(5), TASK_SETS),

@@ -25,6 +25,7 @@ from ..run.workers import Compute, train_recipes
 from .few_labels import few_labels
 from .room_types import room_types
 from .two_widths import two_widths
+from .who_to_merge import who_to_merge
 
 Key = tuple[str, str, int]
 Recipes = dict[Key, Recipe]
@@ -435,6 +436,7 @@ NOTEBOOKS: dict[str, tuple[Experiment, ...]] = {
     "open_questions": (when_to_split, heterogeneity, proxies, room_types),
     "few_labels": (few_labels,),
     "two_widths": (two_widths,),
+    "who_to_merge": (who_to_merge, controls),
     "digits": (),
     "your_own_tasks": (),
     "published_taskonomy": (published_taskonomy, figure_7),

@@ -48,7 +48,7 @@ MARGIN = 0.02  # the merged network lags a little before R0 in tasks that gain i
 def who_to_merge(
     store: Store, seed: int, overrides: dict[str, Any], task_sets: Iterable[str] = ("sdnkt",)
 ) -> dict[tuple[str, str, int], methods.Recipe]:
-    """MAS-apart, and what it is compared with: MAS-2, MAS-n, one-by-one with the same restart."""
+    """MAS-apart, and what it is compared with: MAS-2, and one-by-one with the same restart."""
     recipes = {}
     for tasks in task_sets:
         s = Study(tasks, settings(store.preset, tasks, overrides), seed, store)
@@ -56,7 +56,6 @@ def who_to_merge(
         made = {
             restarted: methods.restarted(s, s.tasks, restarted),
             "MAS-2": methods.merge_and_split(s, 2),
-            f"MAS-{len(tasks)}": methods.merge_and_split(s, len(tasks)),
             "MAS-apart": mas_apart(s),
         }
         recipes |= {(name, tasks, seed): recipe for name, recipe in made.items()}
