@@ -211,7 +211,7 @@ def start_state(
     """The state a trajectory starts from: initial weights, or its parent's at the start round."""
     device, own = next(net.parameters()).device, rule_of(trajectory.fl).start(net, trajectory.fl)
     if named := sorted(name for name in own if name.startswith(("encoder.", "decoders."))):
-        raise UserError(f"{trajectory.fl.method}: own state {named[0]} is named like a weight; rename it")
+        raise UserError(f"{trajectory.fl.method}: own state {named[0]} is named like a weight")
     if trajectory.parent is None:
         return {name: tensor.clone() for name, tensor in net.state_dict().items()} | own
     parent, begin = trajectory.parent, trajectory.start_round
