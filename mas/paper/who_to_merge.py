@@ -83,8 +83,9 @@ def better_alone(study: Study, a: str) -> float:
 
     NaN, with which nobody leaves, where no round up to R0 is validated.
     """
+    column = f"val_{a}"  # a record that is only planned has none
     merged, alone = (
-        study.store.rounds(t).set_index("round")[f"val_{a}"].astype(float)
+        study.store.rounds(t).set_index("round").reindex(columns=[column])[column].astype(float)
         for t in (study.all_in_one(), study.again(a).parent)
     )
     advantage = np.log(merged) - np.log(alone)
