@@ -111,7 +111,7 @@ def assert_equal_records(found, store, reference, reference_store):
                        else None for s in both)  # fmt: skip
         assert mine == other
         folders = [s.folder(t) / "checkpoints" for s in both]
-        states = [{path.name: load_file(path) for path in f.iterdir()} for f in folders]
+        states = [{p.name: load_file(p) for p in f.glob("*.safetensors")} for f in folders]
         assert states[0].keys() == states[1].keys() and "last.safetensors" in states[0]
         for name, state in states[0].items():
             assert state.keys() == states[1][name].keys()
