@@ -54,6 +54,12 @@ def test_validations_from_a_third_of_r0_on_decide(study):
     assert better_alone(study, "k") == pytest.approx(np.log(2.0) * 3 / 5)  # the first is not read
 
 
+def test_fewer_rounds_may_decide(study):
+    assert better_alone(study, "k", 10) == pytest.approx(np.log(0.1 * 2.0) / 2)
+    assert better_alone(study, "k", 15) == pytest.approx(np.log(0.1 * 2.0 * 0.5) / 3)
+    assert np.isnan(better_alone(study, "k", 4))
+
+
 def test_tasks_that_fare_better_alone_leave_and_the_others_stay_together(study):
     recipe = mas_apart(study)
     first = next(recipe)

@@ -78,11 +78,12 @@ def mas_apart(study: Study) -> methods.Recipe:
     return study.result("MAS-apart", [staying] * bool(staying) + leaving, branches, parts)
 
 
-def better_alone(study: Study, a: str) -> float:
-    """The mean of log(merged / alone) of task a's validation losses from R0 / 3 to R0.
+def better_alone(study: Study, a: str, rounds: int | None = None) -> float:
+    """The mean of log(merged / alone) of task a's validation losses from rounds / 3 to `rounds`.
 
-    NaN, with which nobody leaves, where no round up to R0 is validated.
+    `rounds` is R0 where none is given. NaN, with which nobody leaves, where none is validated.
     """
+    rounds = study.split_round if rounds is None else rounds
     column = f"val_{a}"  # a record that is only planned has none
     merged, alone = (
         study.store.rounds(t).set_index("round").reindex(columns=[column])[column].astype(float)
@@ -90,4 +91,4 @@ def better_alone(study: Study, a: str) -> float:
     )
     advantage = np.log(merged) - np.log(alone)
     done = advantage.index + 1
-    return advantage[(done >= WARM_UP * study.split_round) & (done <= study.split_round)].mean()
+    return advantage[(done >= WARM_UP * rounds) & (done <= rounds)].mean()
