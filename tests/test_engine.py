@@ -278,10 +278,17 @@ def test_a_killed_worker_is_told_in_one_line(single, store, folder):
 
 def test_in_order_of_worth_until_there_is_no_time(single, store, monkeypatch, tmp_path):
     """Without a budget the longest comes first; with one the first recipe's needs do."""
-    jobs = Jobs(monkeypatch, seconds=0.4)
-    monkeypatch.setattr(engine, "train_job", lambda *a: jobs(*a[:7]))  # without the time to stop
+    jobs, clock = Jobs(monkeypatch), [100.0]
+
+    def takes_long(*job):
+        clock[0] += 0.4
+        jobs(*job[:7])  # without the time to stop
+
+    monkeypatch.setattr(engine, "train_job", takes_long)
+    fake = type("Clock", (), {"time": staticmethod(lambda: clock[0]), "sleep": time.sleep})
+    monkeypatch.setattr(engine, "time", fake)
     recipes = {a: recipe([Need(single(a), 4)], value=a) for a in ("d", "dkt", "k", "n")}
-    late = time.time() + 0.9  # a third one would end later
+    late = 100.9  # a third one would end later
     assert run(recipes, store, tmp_path, stop_at=late) == {"d": "d", "dkt": "dkt"}
     assert [n.trajectory.tasks for n in jobs.asked] == ["d", "dkt"]
 
