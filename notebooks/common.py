@@ -28,6 +28,7 @@ from mas.paper import tables
 FAMILIES = ("one-by-one", "all-in-one", "fedprox", "gradnorm", "HOA", "TAG", "MAS", "standalone")
 PRINTED_AS = {"One-by-one": "one-by-one", "FedAvg": "all-in-one", "All-in-one": "all-in-one",
               "FedProx": "fedprox", "GradNorm": "gradnorm"}
+SHOWN_AS = {"fedprox": "FedProx", "gradnorm": "GradNorm"}  # the others are shown by their own names
 # Paul Tol's "muted" colours: nine that colour-blind readers tell apart.
 TASK_COLOURS = dict(zip(mas.TASKS, ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77",
                                     "#CC6677", "#882255", "#AA4499")))
@@ -299,7 +300,7 @@ def show(table, digits=2, best=None, within=(), index=False):
         return print("nothing on record")
     floats = table.select_dtypes("float").columns
     digits = {c: digits.get(c, 2) if isinstance(digits, dict) else digits for c in floats}
-    table = table.round(digits)
+    table = table.round(digits).rename(index=SHOWN_AS).replace({"method": SHOWN_AS})
     text = table.to_string(index=index, na_rep="-", formatters={
         c: lambda v, d=d: "-" if np.isnan(v) else f"{v:.{d}f}" for c, d in digits.items()})
     style = Styler(table, uuid=f"{zlib.crc32(text.encode()):08x}", cell_ids=False)
@@ -415,7 +416,8 @@ def draw_points(ax, points, title):
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("")
     bars = points.fillna(0)
-    label_points(ax, [(p.time, p.loss, p.Index.removeprefix("one-by-one "), colour(p.Index))
+    label_points(ax, [(p.time, p.loss, SHOWN_AS.get(p.Index, p.Index.removeprefix("one-by-one ")),
+                       colour(p.Index))
                       for p in points.itertuples()],
                  bars=[(p.time, p.loss, (p.time_high - p.time_low) / 2, p.loss_std)
                        for p in bars.itertuples()])
@@ -434,7 +436,8 @@ def draw_effects(ax, found, printed, xlabel):
         if method in printed:
             ax.plot(printed[method], y, "D", ms=5, color="0.6", mfc="none", zorder=1)
     ax.axvline(0, color="0.2", lw=0.8)
-    ax.set(yticks=range(len(found)), yticklabels=list(found), xlabel=f"{xlabel}; ◇ the paper")
+    ax.set(yticks=range(len(found)), yticklabels=[SHOWN_AS.get(m, m) for m in found],
+           xlabel=f"{xlabel}; ◇ the paper")
     ax.set_xscale("symlog", linthresh=5)  # the paper's effects are up to ten times as large
     low, high = ax.get_xlim()
     ax.set_xticks([x for x in (-40, -20, -10, -5, -2.5, 0, 2.5, 5, 10) if low <= x <= high])
