@@ -104,7 +104,7 @@ def test_a_wrong_stored_number_fails(copies):
 
 def test_reproduce_from_nothing(tmp_path):
     """Two notebooks at the smoke preset in an empty folder: rendered, trained, executed, drawn."""
-    stems = ["figure_05_sdnkt", "figure_07_affinities"]
+    stems = ["figure_07_affinities", "supplement_figure_3_validation"]
     run = subprocess.run(
         [sys.executable, "-m", "mas", "reproduce", *stems, "--preset", "smoke",
          "--workers", "2", "--device", "cpu"],
