@@ -97,6 +97,20 @@ def with_control(store, found, overrides={}):
     return found | {key: result for key, result in more.items() if key[0] == RESTARTED}
 
 
+def nearer(experiment, tasks, preset, seeds, results, data=None, train_missing=False, overrides={}):
+    """What medium holds of an experiment whose notebook shows small, as `tidy`; else an empty table.
+
+    A client takes five times as many steps a round there, near the paper's.
+    """
+    asked = seeds_on_record("medium", results) if seeds is None else seeds
+    if preset != "small" or not asked:
+        return pd.DataFrame()
+    store = mas.open_store("medium", results)
+    found = experiments.ask(experiment, store, asked, overrides, partial=True)
+    found = {key: result for key, result in found.items() if key[1] == tasks}
+    return tidy(with_control(store, found, overrides)) if found else pd.DataFrame()
+
+
 def check(store, results):
     """Assert that results are complete and comparable; print how they were obtained."""
     records = {}
@@ -194,6 +208,16 @@ def changes(runs, printed, tasks):
     return beside(runs, printed, columns, spread=["delta-m"])
 
 
+def show_nearer(runs, printed, tasks):
+    """What `nearer` found, without the paper's numbers: losses; changes against one-by-one, and bytes."""
+    lost = losses(runs, printed, tasks)
+    saved = changes(runs, printed, tasks)
+    sent = beside(runs, printed, {"sent / one-by-one": ("bytes_ratio", None)})
+    for table, digits, kind in ((lost, 3, "min"), (saved, 2, "max")):
+        table = table[[column for column in table if not column[1].startswith("paper")]].dropna(how="all")
+        show(table.join(sent) if kind == "max" else table, digits, best(table, kind), index=True)
+
+
 def best(table, kind):
     """For `show`: "min" or "max" is best in every column of `beside` that holds no spread."""
     return {column: kind for column in table if "±" not in column[1]}
@@ -229,10 +253,19 @@ def series(runs, method, tasks, column="total"):
 
 
 def timed(preset, results, overrides={}):
-    """Training times over one-by-one's, timed in one run; none but for the small preset as it is."""
+    """Training times over one-by-one's, timed in one run; none but for the small preset as it is.
+
+    One-by-one restarted and MAS-1 take as many of the same steps as one-by-one and all-in-one, and
+    MAS-n (every task alone) those of all-in-one up to R0 and of one-by-one from there.
+    """
     ratios = tables.time_ratios(results) if preset == "small" and not overrides else {}
-    same = {(tasks, RESTARTED): times for (tasks, method), times in ratios.items() if method == "one-by-one"}
-    return ratios | same  # as many rounds
+    for tasks in {tasks for tasks, method in ratios if method == "all-in-one"}:
+        merged, apart = (np.array(ratios[tasks, method]) for method in ("all-in-one", "one-by-one"))
+        settings = mas.settings(preset, tasks)
+        before = settings.mas.merge_rounds / settings.fl.rounds
+        ratios |= {(tasks, RESTARTED): list(apart), (tasks, "MAS-1"): list(merged),
+                   (tasks, f"MAS-{len(tasks)}"): list(before * merged + (1 - before) * np.median(apart))}
+    return ratios
 
 
 def times_faster(runs, better, worse, tasks, least, preset, results, overrides={}):
