@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mas import engine
-from mas.paper.experiments import first_rounds
+from mas.paper.experiments import first_rounds, groups_again
 from mas_core import federated
 from mas_core.config import Choice, Settings, Tag, UserError, stream
 from mas_core.methods import (
@@ -398,6 +398,20 @@ def test_groups_restarted_pay_for_their_own_first_rounds(study):
         assert (branch.start_round, branch.lr_from) == (2, 2)
         counted += [(rows_of(study, branch.parent, 0, 2), 0), (rows_of(study, branch, 2, 4), 0)]
     assert_cost(result.cost, counted)
+
+
+@pytest.mark.parametrize("method", [tag, hoa])
+def test_the_groups_of_a_method_are_trained_again_with_a_restart(study, method):
+    chosen, _ = drive(lambda s: method(s, 2), study, affinity=overlapping)
+    result, asked = drive(lambda s: groups_again(s, method(s, 2), "again"), study)
+    assert (result.method, result.groups) == ("again", chosen.groups)
+    branches = [study.again(group) for group in chosen.groups]
+    assert [t.parent for t in branches] == [study.from_scratch(group) for group in chosen.groups]
+    assert all((t.start_round, t.lr_from) == (2, 2) for t in branches)
+    assert asked[-1] == [Need(t, 4) for t in branches]
+    for a in FIVE:
+        best = min((t for t in branches if a in t.tasks), key=lambda t: validated(study, t)[a])  # noqa: B023
+        assert result.losses[a] == study.store.result(best)["test_best"][a]
 
 
 def test_the_first_rounds_are_those_whose_affinities_a_split_reads(study):

@@ -250,11 +250,11 @@ def groups_restarted(
                 name = f"{method.__name__.upper()}-{x}"
                 recipes[name, tasks, seed] = method(s, x)
                 again = f"{name} restarted"
-                recipes[again, tasks, seed] = _restarted(s, method(s, x), again)
+                recipes[again, tasks, seed] = groups_again(s, method(s, x), again)
     return recipes
 
 
-def _restarted(study: Study, recipe: Recipe, name: str) -> Recipe:
+def groups_again(study: Study, recipe: Recipe, name: str) -> Recipe:
     """The groups that a recipe chooses, trained from scratch with a restart at R0."""
     found = yield from recipe
     return (yield from methods.restarted(study, found.groups, name))
