@@ -193,9 +193,16 @@ def beside(runs, printed, columns, spread=()):
 
 
 def losses(runs, printed, tasks):
-    """Total loss, that of the last round's model, and each task's, ours beside the paper's."""
+    """Total loss, that of the last round's model, and each task's, ours beside the paper's.
+
+    The number of seeds comes first where methods differ in it.
+    """
     columns = {"total": ("total", "total"), "last round": ("total_last", None)}
-    return beside(runs, printed, columns | {a: (a, a) for a in tasks}, spread=["total"])
+    table = beside(runs, printed, columns | {a: (a, a) for a in tasks}, spread=["total"])
+    seeds = runs.groupby("method").seed.nunique()
+    if seeds.nunique() > 1:
+        table.insert(0, ("seeds", "ours"), seeds.reindex(table.index).astype("Int64"))
+    return table
 
 
 def changes(runs, printed, tasks):
@@ -219,8 +226,8 @@ def show_nearer(runs, printed, tasks):
 
 
 def best(table, kind):
-    """For `show`: "min" or "max" is best in every column of `beside` that holds no spread."""
-    return {column: kind for column in table if "±" not in column[1]}
+    """For `show`: "min" or "max" is best in every column of `beside` that holds no spread or count."""
+    return {column: kind for column in table if "±" not in column[1] and column[0] != "seeds"}
 
 
 def costs(runs, printed, tasks, ratios):
