@@ -267,11 +267,10 @@ def timed(preset, results, overrides={}):
     """
     ratios = tables.time_ratios(results) if preset == "small" and not overrides else {}
     for tasks in {tasks for tasks, method in ratios if method == "all-in-one"}:
-        merged, apart = (np.array(ratios[tasks, method]) for method in ("all-in-one", "one-by-one"))
-        settings = mas.settings(preset, tasks)
+        merged, settings = ratios[tasks, "all-in-one"], mas.settings(preset, tasks)
         before = settings.mas.merge_rounds / settings.fl.rounds
-        ratios |= {(tasks, RESTARTED): list(apart), (tasks, "MAS-1"): list(merged),
-                   (tasks, f"MAS-{len(tasks)}"): list(before * merged + (1 - before) * np.median(apart))}
+        ratios |= {(tasks, RESTARTED): ratios[tasks, "one-by-one"], (tasks, "MAS-1"): merged,
+                   (tasks, f"MAS-{len(tasks)}"): [before * time + 1 - before for time in merged]}
     return ratios
 
 
