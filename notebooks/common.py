@@ -5,6 +5,7 @@ Losses are test losses of the model with the least validation loss, summed over 
 core time on a CPU. `mean ± std` is over seeds (one seed: no spread).
 """
 
+import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -97,18 +98,21 @@ def with_control(store, found, overrides={}):
     return found | {key: result for key, result in more.items() if key[0] == RESTARTED}
 
 
-def nearer(experiment, tasks, preset, seeds, results, data=None, train_missing=False, overrides={}):
-    """What medium holds of an experiment whose notebook shows small, as `tidy`; else an empty table.
+def nearer_found(experiment, preset, seeds, results, data=None, train_missing=False, overrides={}):
+    """The store of medium, and what it holds of an experiment whose notebook shows small; else nothing.
 
     A client takes five times as many steps a round there, near the paper's.
     """
-    asked = seeds_on_record("medium", results) if seeds is None else seeds
-    if preset != "small" or not asked:
-        return pd.DataFrame()
     store = mas.open_store("medium", results)
-    found = experiments.ask(experiment, store, asked, overrides, partial=True)
+    asked = seeds_on_record("medium", results) if seeds is None else seeds
+    return store, experiments.ask(experiment, store, asked if preset == "small" else [], overrides, partial=True)
+
+
+def nearer(experiment, tasks, preset, *given):
+    """`nearer_found` of a task set, with its control, as `tidy`; or an empty table."""
+    store, found = nearer_found(experiment, preset, *given)
     found = {key: result for key, result in found.items() if key[1] == tasks}
-    return tidy(with_control(store, found, overrides)) if found else pd.DataFrame()
+    return tidy(with_control(store, found, *given[4:])) if found else pd.DataFrame()
 
 
 def check(store, results):
@@ -359,6 +363,7 @@ def show(table, digits=2, best=None, within=(), index=False):
         bold = np.where(table[column] == least, "font-weight: bold", "")
         style.apply(lambda _, bold=bold: bold, subset=[column])
     html = (style if index else style.hide(axis="index")).to_html()
+    html = re.sub(r"\n +(?=<t[dh])", "", html)  # a row a line: fewer bytes in a notebook
     display({"text/html": html, "text/plain": text}, raw=True)
 
 
@@ -644,7 +649,7 @@ def place(preset):
 def save(figure, name, preset, figures):
     """Write figures/<preset>/<name>.png and .pdf, without dates, so that equal figures are equal.
 
-    What is shown is the file: 256 colours, a third of the bytes, unless it holds images of rooms.
+    What is shown is the file, in as few colours as show the same: images of rooms keep all.
     """
     if not any(ax.has_data() for ax in figure.axes):
         print(f"nothing to draw: {name} is left as it is")
@@ -654,9 +659,13 @@ def save(figure, name, preset, figures):
     drawn = folder / f"{name}.png"
     figure.savefig(drawn, dpi=1.5 * figure.dpi, metadata={"Software": None})
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
-    full = PIL.Image.open(drawn).convert("RGB")
-    few = full.quantize(256, dither=PIL.Image.Dither.NONE)
-    if np.abs(np.asarray(full, int) - np.asarray(few.convert("RGB"), int)).mean() < 1:
-        few.save(drawn, optimize=True)
+    full, few = PIL.Image.open(drawn).convert("RGB"), PIL.Image.Quantize
+    for colours, method, most in ((64, few.MAXCOVERAGE, 0.3), (128, few.MAXCOVERAGE, 0.3), (256, few.MEDIANCUT, 1)):
+        shown = full.quantize(colours, method, dither=PIL.Image.Dither.NONE)
+        if np.abs(np.asarray(full, int) - np.asarray(shown.convert("RGB"), int)).mean() < most:
+            break
+    else:
+        shown = full
+    shown.save(drawn, optimize=True)
     plt.close(figure)
     display(Image(drawn, width=round(full.width / 1.5)))

@@ -33,7 +33,7 @@ def records(stem, code):
     """What a notebook reads of results/: name -> link."""
     preset, rest = code.split("\n", 1)  # the first parameter
     named = set(re.findall(r'"(\w+)"', rest + preset * bool(experiments.NOTEBOOKS[stem])))
-    named |= {"medium"} if "common.nearer(" in code else set()
+    named |= {"medium"} if "common.nearer" in code else set()
     found = {f"results/{name}": f"../results/{name}" for name in RUNS if name in named}
     if re.search(r"common\.(timed|times_faster)\(", code):
         found["results/benchmarks"] = "../results/benchmarks"
