@@ -659,8 +659,8 @@ def save(figure, name, preset, figures):
     drawn = folder / f"{name}.png"
     figure.savefig(drawn, dpi=1.5 * figure.dpi, metadata={"Software": None})
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
-    full, few = PIL.Image.open(drawn).convert("RGB"), PIL.Image.Quantize
-    for colours, method, most in ((64, few.MAXCOVERAGE, 0.3), (128, few.MAXCOVERAGE, 0.3), (256, few.MEDIANCUT, 1)):
+    full, how = PIL.Image.open(drawn).convert("RGB"), PIL.Image.Quantize
+    for colours, method, most in ((64, how.MAXCOVERAGE, 0.3), (128, how.MAXCOVERAGE, 0.3), (256, how.MEDIANCUT, 1)):
         shown = full.quantize(colours, method, dither=PIL.Image.Dither.NONE)
         if np.abs(np.asarray(full, int) - np.asarray(shown.convert("RGB"), int)).mean() < most:
             break
