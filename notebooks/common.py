@@ -506,7 +506,7 @@ def label_points(ax, points, sides=(1, -1, 0), bars=()):
     bars: (x, y, dx, dy), error bars that names shall not hide either.
     """
     directions = [(dx, dy) for dy in (0, 1, -1) for dx in sides if (dx, dy) != (0, 0)]
-    ax.figure.canvas.draw()
+    ax.figure.draw_without_rendering()
     size = ax.figure.dpi / 72
     where = [ax.transData.transform((x, y)) for x, y, *_ in points]
     taken = [(x - 5 * size, x + 5 * size, y - 5 * size, y + 5 * size) for x, y in where]
@@ -658,6 +658,7 @@ def save(figure, name, preset, figures):
     folder.mkdir(parents=True, exist_ok=True)
     drawn = folder / f"{name}.png"
     figure.savefig(drawn, dpi=1.5 * figure.dpi, metadata={"Software": None})
+    figure.set_layout_engine("none")  # as it is laid out by now
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
     full, how = PIL.Image.open(drawn).convert("RGB"), PIL.Image.Quantize
     for colours, method, most in ((64, how.MAXCOVERAGE, 0.3), (128, how.MAXCOVERAGE, 0.3), (256, how.MEDIANCUT, 1)):

@@ -70,6 +70,10 @@ def test_pages_figures_and_records(books, tmp_path):
     with zipfile.ZipFile(out / "records-small.zip") as packed:
         assert packed.namelist() == ["small/d-s0-0123456789/result.json"]
     (record / "result.json").write_text("[]")
+    (drawn / "one.pdf").unlink()  # as in a clone
+    shutil.rmtree(out)
+    assert site(out, tmp_path / "results", tmp_path / "figures") == 2
+    assert "one.png" in (page := (out / "one.html").read_text()) and "one.pdf" not in page
     shutil.rmtree(drawn)
     assert site(out, tmp_path / "results", tmp_path / "figures") == 2  # anew, over itself
     with zipfile.ZipFile(out / "records-small.zip") as packed:

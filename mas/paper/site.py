@@ -58,12 +58,12 @@ PAGE = """<!doctype html>
 
 
 def site(out: Path, results: Path, figures: Path, preset: str = "small") -> int:
-    """Write index.html, a page a notebook, the figures (PNG, PDF), the records and what is linked.
+    """Write index.html, a page a notebook, the figures, the records and what is linked.
 
-    Figures of the preset go to figures/, the records of every folder that a notebook links to into
-    a zip of its name, and linked files into files/; formulas are drawn as SVG. Returns the number
-    of pages. Raises UserError where `out` is a folder that holds anything but a site, or a notebook
-    has not been executed, or the preset has no records.
+    Figures of the preset go to figures/ (PDFs where they were drawn here), the records of every
+    folder that a notebook links to into a zip of its name, and linked files into files/; formulas
+    are drawn as SVG. Returns the number of pages. Raises UserError where `out` is a folder that
+    holds anything but a site, or a notebook has not been executed, or the preset has no records.
     """
     import nbformat
     from nbconvert import HTMLExporter
@@ -93,7 +93,8 @@ def site(out: Path, results: Path, figures: Path, preset: str = "small") -> int:
         body = exporter.from_notebook_node(_static(book))[0]
         body = _localised(body, path.parent, out)
         links = " ".join(f'<a href="figures/{f.stem}.{kind}">{f.stem}.{kind}</a>'
-                         for f in drawn for kind in ("png", "pdf"))  # fmt: skip
+                         for f in drawn for kind in ("png", "pdf")
+                         if f.with_suffix(f".{kind}") in copied)  # fmt: skip
         head = '<p><a href="index.html">All notebooks</a></p>'
         text = PAGE.format(title=path.stem, style=style, script=SORT,
                            body=f"{head}\n{body}\n<p>{links}</p>")  # fmt: skip

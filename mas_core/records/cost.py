@@ -6,6 +6,7 @@ figure.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 import resource
@@ -64,10 +65,8 @@ def estimated_kwh(seconds: float, device_name: str) -> tuple[float, str]:
     Device seconds (see `device_clock`) times one constant power, whatever the load: 10 W for a
     core of a CPU (named with its threads by `device_name`), 300 W for a GPU.
     """
-    if re.search(r", \d+ threads?$", device_name):
-        watts, what = THREAD_WATTS, "CPU core"
-    else:
-        watts, what = GPU_WATTS, "GPU"
+    core = re.search(r", \d+ threads?$", device_name)
+    watts, what = (THREAD_WATTS, "CPU core") if core else (GPU_WATTS, "GPU")
     return watts * seconds / JOULES_PER_KWH, f"{watts:g} W, a guess of a data-centre {what}"
 
 
@@ -86,10 +85,9 @@ def device_name(device: torch.device | str) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return f"{device.type} GPU"
-    try:
+    model = None
+    with contextlib.suppress(OSError):
         model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        model = None
     name = model[1].strip() if model else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads != 1 else ''}"

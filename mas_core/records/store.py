@@ -25,7 +25,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import metadata
@@ -80,7 +80,7 @@ class Store:
         Its parent is read from its own record, unless it is the `parent` given.
         """
         path = self.folder(id_) / "config.json"
-        values = self._read_json(path)
+        values = _read_json(path)
         if values is None:
             raise UserError(f"no record {id_} in {self.root}")
         try:
@@ -102,7 +102,7 @@ class Store:
     def parent_id(self, id_: str) -> str | None:
         """The id of the record that a record's configuration names as its parent."""
         path = self.folder(id_) / "config.json"
-        parent = (self._read_json(path) or {}).get("parent", "")
+        parent = (_read_json(path) or {}).get("parent", "")
         if parent is not None and not re.fullmatch(r"\w+-s\d+-[0-9a-f]{10}", str(parent)):
             raise UserError(f"{path} is no configuration of a trajectory")
         return parent
@@ -133,30 +133,21 @@ class Store:
         self._checked.add(id_)
 
     def result(self, trajectory: Trajectory | str) -> dict[str, Any] | None:
-        """The contents of result.json, or None while the trajectory is not complete."""
+        """The contents of result.json, write into none; None while it is not complete."""
         path = self.folder(trajectory) / "result.json"
-        result = self._read_json(path)
-        if result is not None:
-            letters = path.parent.name.partition("-")[0]
-            losses = [result.get(key) for key in ("test_best", "test_last")]
-            if any(not isinstance(x, dict) or sorted(x) != sorted(letters) for x in losses):
-                raise UserError(f"{path} is damaged (lacks losses of its tasks); {_REMEDY}")
-            own = {key: value for key, value in result.items() if key != "sha256"}
-            if result.get("sha256", {}).get("result", digest := hash_json(own)) != digest:
-                raise UserError(f"{path} is not as it was written; {_REMEDY}")
-        return result
+        return _at(path, _result) if path.exists() else None
 
     def validation_losses(self, trajectory: Trajectory, last: bool = False) -> dict[str, float]:
         """By task, of the model with the lowest sum of them, or of the last round's."""
         best = self.result(trajectory)["best_round"]
-        rows = self.rounds(trajectory).set_index("round")
-        row = rows.loc[(trajectory.fl.rounds if last else best) - 1]
-        return {a: float(row[f"val_{a}"]) for a in trajectory.tasks}
+        rows, end = self.rounds(trajectory), trajectory.fl.rounds if last else best
+        (at,) = np.flatnonzero(rows["round"].to_numpy() == end - 1)
+        return {a: float(rows[f"val_{a}"].to_numpy()[at]) for a in trajectory.tasks}
 
     def rounds(self, trajectory: Trajectory | str) -> pd.DataFrame:
         """rounds.csv as a table with one row a round, empty if there is none."""
         path = self.folder(trajectory) / "rounds.csv"
-        return _read_table(path) if path.exists() else pd.DataFrame({"round": []})
+        return _at(path, _table).copy(deep=False) if path.exists() else pd.DataFrame({"round": []})
 
     def rounds_done(self, trajectory: Trajectory) -> int:
         """The round after the last recorded one (a trajectory's first round if there is none)."""
@@ -176,7 +167,7 @@ class Store:
         if not path.exists():
             raise UserError(f"no affinities in {path.parent}: train it with fl.measure_rounds > 0; "
                             f"if it was, {_REMEDY}")  # fmt: skip
-        table = _read_table(path)
+        table = _at(path, _table)
         rounds = table["round"].unique()
         try:
             n = math.isqrt(len(table.columns) - 3)
@@ -208,15 +199,14 @@ class Store:
 
     def machines(self, trajectory: Trajectory | str) -> list[dict[str, Any]]:
         """Where each stretch of rounds was trained, from machines.json; [] in older records."""
-        return self._read_json(self.folder(trajectory) / "machines.json", list) or []
+        return _read_json(self.folder(trajectory) / "machines.json", list) or []
 
     def write_machines(self, trajectory: Trajectory, begin: int, where: dict[str, Any]) -> None:
         """Note that the rounds from `begin` on are trained at `where`."""
         before = [m for m in self.machines(trajectory) if m["from_round"] < begin]
         if not before or {"from_round": before[-1]["from_round"], **where} != before[-1]:
             before.append({"from_round": begin, **where})
-        text = json.dumps(before, indent=1) + "\n"
-        self._write(self.folder(trajectory) / "machines.json", text)
+        self._write(self.folder(trajectory) / "machines.json", json.dumps(before, indent=1) + "\n")
 
     def served_by(self, trajectory: Trajectory) -> Trajectory:
         """The trajectory itself, or a complete record that differs only in having measured more.
@@ -331,18 +321,6 @@ class Store:
                     found.update(line)
         return found.hexdigest()
 
-    def _read_json(self, path: Path, kind: type = dict) -> Any:
-        """The contents, None where there is no file; a UserError where they are no `kind`."""
-        if not path.exists():
-            return None
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # of JSON or of UTF-8
-            raise UserError(f"{path} is not valid JSON: {error}; {_REMEDY}") from None
-        if not isinstance(values, kind):
-            raise UserError(f"{path} is damaged (no JSON {kind.__name__}); {_REMEDY}")
-        return values
-
     @contextlib.contextmanager
     def _writable(self, folder: Path) -> Iterator[None]:
         """Makes a folder; a UserError for what the operating system refuses there."""
@@ -392,10 +370,9 @@ def provenance() -> dict[str, Any]:
             return None
 
     changes = git("status", "--porcelain", "--", "mas", "mas_core")
-    try:
+    version = None
+    with contextlib.suppress(metadata.PackageNotFoundError):
         version = metadata.version("mas-core")
-    except metadata.PackageNotFoundError:
-        version = None
     return {
         "mas_core": version,
         "python": platform.python_version(),
@@ -418,13 +395,40 @@ def _digest_of(state: State) -> str:
     return found.hexdigest()
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    """A CSV file with a column "round", or a UserError; its values are shared, write into none."""
-    return _parsed(path, (about := path.stat()).st_mtime_ns, about.st_size).copy(deep=False)
+def _read_json(path: Path, kind: type = dict) -> Any:
+    """The contents, None where there is no file; a UserError where they are no `kind`."""
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise UserError(f"{path} is not valid JSON: {error}; {_REMEDY}") from None
+    if not isinstance(values, kind):
+        raise UserError(f"{path} is damaged (no JSON {kind.__name__}); {_REMEDY}")
+    return values
 
 
-@lru_cache(maxsize=4096)
-def _parsed(path: Path, changed: int, size: int) -> pd.DataFrame:
+_known = lru_cache(maxsize=8192)(lambda path, read, *changed: read(path))
+
+
+def _at(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a file; again only once the file has changed."""
+    return _known(path, read, (about := path.stat()).st_mtime_ns, about.st_size)
+
+
+def _result(path: Path) -> dict[str, Any]:
+    result, letters = _read_json(path), path.parent.name.partition("-")[0]
+    losses = [result.get(key) for key in ("test_best", "test_last")]
+    if any(not isinstance(x, dict) or sorted(x) != sorted(letters) for x in losses):
+        raise UserError(f"{path} is damaged (lacks losses of its tasks); {_REMEDY}")
+    own = {key: value for key, value in result.items() if key != "sha256"}
+    if result.get("sha256", {}).get("result", digest := hash_json(own)) != digest:
+        raise UserError(f"{path} is not as it was written; {_REMEDY}")
+    return result
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """A CSV file with a column "round"; its values are shared, write into none."""
     try:
         table = pd.read_csv(path)
         if not pd.api.types.is_integer_dtype(table.get("round")):

@@ -197,9 +197,8 @@ def part_cost(store: Store, part: Part, like: Trajectory | None = None) -> Cost:
     CPU one backward pass through the encoder goes with each, which training needs anyway.
     """
     table = store.rounds(part.trajectory)
-    columns = {name: table[name].to_numpy() for name in _COUNTED}
-    paid = (columns["round"] >= part.begin) & (columns["round"] < part.end)
-    rows = {name: column[paid] for name, column in columns.items()}
+    paid = ((number := table["round"].to_numpy()) >= part.begin) & (number < part.end)
+    rows = {name: table[name].to_numpy()[paid] for name in _COUNTED}
     result = store.result(part.trajectory) or store.result(like or part.trajectory) or {}
     extra = measuring_seconds(store, part.trajectory, rows, result.get("device", ", 1 thread"))
     extra = np.where(rows["round"] >= part.affinity_rounds, extra, 0.0)

@@ -187,9 +187,8 @@ def _is_kept(done: int, rounds: int) -> bool:
 def is_done(trajectory: Trajectory, until: int, store: Store) -> bool:
     """Whether the record reaches round `until` (the last one: whether it is tested, too)."""
     store.check(trajectory)
-    if store.result(trajectory) is not None:
-        return True
-    return until < trajectory.fl.rounds and store.rounds_done(trajectory) >= until
+    whole, R = store.result(trajectory) is not None, trajectory.fl.rounds
+    return whole or until < R and store.rounds_done(trajectory) >= until
 
 
 def build(trajectory: Trajectory) -> MultiTaskNet:
