@@ -133,7 +133,7 @@ class Store:
         self._checked.add(id_)
 
     def result(self, trajectory: Trajectory | str) -> dict[str, Any] | None:
-        """The contents of result.json, write into none; None while it is not complete."""
+        """The contents of result.json, not to be changed; None while it is not complete."""
         path = self.folder(trajectory) / "result.json"
         return _at(path, _result) if path.exists() else None
 
